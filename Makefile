@@ -1,0 +1,30 @@
+# make demo: text from the model in the box, and a page that shows which experts wrote it.
+# make test: lint, types and tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: demo test test-slow clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python (%d.%d) must be >= 3.11. Set PYTHON=python3.11 or newer." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plot,test]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/mixtura generate "def read_json(path):" --max-new-tokens 96
+	@$(BIN)/mixtura inspect --html mixtura-inspect.html --png mixtura-inspect.png
+
+test: $(STAMP)
+	@PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+test-slow: $(STAMP)
+	@PATH="$(abspath $(BIN)):$$PATH" scripts/check --slow
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -f mixtura-inspect.html mixtura-inspect.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

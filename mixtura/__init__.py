@@ -1,0 +1,83 @@
+"""mixtura runs Mixture-of-Experts language models.
+
+One MoE layer - gate, router, shared experts, dispatch, expert kernels, combine - that computes the
+same thing on a laptop CPU, on one GPU and across the ranks of a cluster, under Hugging Face
+Transformers models.
+
+Importing the package is quick: it loads neither torch nor Transformers. What needs them is
+imported when its name is first asked for, and the experts function is offered to Transformers all
+the same.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mixtura.config import (
+    SWIGLU_OAI,
+    Activation,
+    ActivationFunction,
+    ExpertsConfig,
+    GatePrecision,
+    GateUp,
+    MoEConfig,
+    RoutingConfig,
+    RunnerConfig,
+    SharedExpertsConfig,
+    SharedExpertsOrder,
+)
+from mixtura.errors import MixturaError
+from mixtura.plugin import offer_experts
+
+if TYPE_CHECKING:
+    from mixtura.hf import convert, from_pretrained
+    from mixtura.layer import FusedMoE, is_moe_layer
+    from mixtura.routing import create_router
+    from mixtura.types import Routing, TokenInputs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SWIGLU_OAI",
+    "Activation",
+    "ActivationFunction",
+    "ExpertsConfig",
+    "FusedMoE",
+    "GatePrecision",
+    "GateUp",
+    "MixturaError",
+    "MoEConfig",
+    "Routing",
+    "RoutingConfig",
+    "RunnerConfig",
+    "SharedExpertsConfig",
+    "SharedExpertsOrder",
+    "TokenInputs",
+    "convert",
+    "create_router",
+    "from_pretrained",
+    "is_moe_layer",
+]
+
+_LATE = {
+    "FusedMoE": "mixtura.layer",
+    "Routing": "mixtura.types",
+    "TokenInputs": "mixtura.types",
+    "convert": "mixtura.hf",
+    "create_router": "mixtura.routing",
+    "from_pretrained": "mixtura.hf",
+    "is_moe_layer": "mixtura.layer",
+}
+"""Names whose modules need torch, imported when first asked for."""
+
+offer_experts()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'mixtura' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

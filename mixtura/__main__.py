@@ -1,0 +1,5 @@
+"""`python -m mixtura` is `mixtura`."""
+
+from mixtura.cli import main
+
+main()

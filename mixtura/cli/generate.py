@@ -1,0 +1,160 @@
+"""`mixtura generate`: text on stdout as it comes, figures on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
+from mixtura.cli.options import Debug, Device, Kernel, Model
+from mixtura.config import GatePrecision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mixtura.hf.generate import Generation
+
+STDIN = "-"
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue; - reads standard input.")
+    ] = None,
+    model: Model = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    device: Device = None,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Dtype of the weights; auto is the checkpoint's.")
+    ] = DtypeName.AUTO,
+    kernel: Kernel = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Fail where a layer or kernel is not the preferred one."),
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Above 0, draw tokens; 0 takes the likeliest one.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Draw from the likeliest tokens up to this probability."
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Draw the same tokens every time.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message to a chat model.")
+    ] = False,
+    gate: Annotated[
+        GatePrecision, typer.Option(help="Router in fp32, or in the model's own arithmetic.")
+    ] = GatePrecision.FP32,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Same row, whatever else is in the batch.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text, and say how fast it came.
+
+    The text goes to standard output as it comes, all else to standard error.
+    """
+    if prompt is None:
+        raise typer.TyperException(
+            "A prompt is missing. Give one, as in mixtura generate 'Once upon a time', or - for "
+            "standard input."
+        )
+    text = read_stdin() if prompt == STDIN else prompt
+    with quiet(debug):
+        from mixtura.hf.generate import (
+            GenerateOptions,
+            TextMeter,
+            generate_text,
+            prepare_experts,
+        )
+    options = GenerateOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        is_chat=chat,
+    )
+    loaded, tokenizer = load(
+        LoadOptions(
+            model=model,
+            device=device,
+            dtype=dtype,
+            kernel=kernel,
+            strict=strict,
+            gate=gate,
+            deterministic=deterministic,
+            debug=debug,
+        )
+    )
+    kernels = prepare_experts(loaded)
+    if sys.stdout.isatty() and sys.stderr.isatty() and not chat:
+        print(text, end="", file=sys.stderr, flush=True)  # read on; a pipe gets the new text alone
+    meter = TextMeter(tokenizer, write, loaded.device)
+    was_interrupted = False
+    try:
+        with quiet(debug):
+            generate_text(loaded, tokenizer, text, options, meter=meter)
+    except KeyboardInterrupt:
+        was_interrupted = True
+    if meter.num_prompt_tokens:
+        write("\n")
+        print_summary(meter.result(), loaded, kernels)
+    if was_interrupted:
+        raise KeyboardInterrupt
+
+
+def read_stdin() -> str:
+    """Standard input without its last line break.
+
+    Raises:
+        InputError: it is not text.
+    """
+    from mixtura.errors import InputError
+
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input must be {error.encoding} text; got other bytes. Convert it."
+        ) from None
+
+
+def write(text: str) -> None:
+    """Show a piece of text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_summary(result: Generation, model: PreTrainedModel, kernels: dict[str, int]) -> None:
+    """Print the figures, one to a line."""
+    from mixtura.hf import moe_layers
+
+    layers = moe_layers(model)
+    num_ours = sum(layer.kind != "none" for layer in layers)
+    num_experts_only = sum(layer.kind == "experts" for layer in layers)
+    experts_only = f", of {num_experts_only} the experts alone" if num_experts_only else ""
+    kernel = ", ".join(
+        name if len(kernels) == 1 else f"{name} ({count})" for name, count in kernels.items()
+    )
+    place = "GPU" if model.device.type == "cuda" else "process"
+    rows = {
+        "prompt": f"{result.num_prompt_tokens} tokens{_rate(result.prompt_rate)}",
+        "generated": f"{result.num_new_tokens} tokens{_rate(result.decode_rate)}",
+        "first token": f"{result.first_token_seconds:.3f} s",
+        "peak memory": f"{result.peak_bytes / 2**20:,.0f} MiB ({place})",
+        "kernel": f"{kernel} on {model.device}",
+        "MoE layers": f"{num_ours} of {len(layers)} taken over{experts_only}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<11}  {value}", file=sys.stderr)
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f", {rate:.1f} tokens/s"

@@ -1,0 +1,114 @@
+"""Loads a model for a verb, and keeps the terminal quiet but for what matters."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from mixtura.cli.options import model_or_demo
+from mixtura.config import GatePrecision
+from mixtura.plugin import is_supported, missing_transformers, transformers_version
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class DtypeName(StrEnum):
+    """What `--dtype` can be; `auto` is the checkpoint's own."""
+
+    AUTO = "auto"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    @property
+    def for_torch(self) -> str:
+        """The name that Transformers and torch know it by."""
+        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        return names.get(self.value, self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What the command line says about the model and how its MoE layers run."""
+
+    model: str | None = None
+    device: str | None = None
+    dtype: DtypeName = DtypeName.AUTO
+    kernel: str | None = None
+    strict: bool = False
+    gate: GatePrecision = GatePrecision.FP32
+    deterministic: bool = False
+    debug: bool = False
+
+
+def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and its tokenizer, and tell on stderr what the user should know.
+
+    Raises:
+        MixturaError: see `mixtura.from_pretrained`.
+    """
+    with quiet(options.debug):
+        from mixtura.hf import convert
+        from mixtura.hf.load import load_config, load_stock, load_tokenizer, parse_device
+        from mixtura.kernels import get_kernel
+
+        if options.kernel is not None:
+            get_kernel(options.kernel)  # an unknown name is told before the weights are read
+        device = parse_device(options.device)
+        name = model_or_demo(options.model)
+        load_config(name)  # what is wrong with it is told before the tokenizer trips over it
+        tokenizer = load_tokenizer(name)
+        stock: Any = load_stock(name, dtype=options.dtype.for_torch)
+        # Kernels are chosen for the device on which they will run.
+        model = convert(
+            stock.to(device),
+            kernel=options.kernel,
+            strict=options.strict,
+            gate=options.gate,
+            deterministic=options.deterministic,
+            debug=options.debug,
+        )
+        return model, tokenizer
+
+
+@contextmanager
+def quiet(debug: bool = False) -> Iterator[None]:
+    """Keep Transformers' log to errors and its bars to terminals; show our own warnings in a line.
+
+    Args:
+        debug: show everything.
+
+    Raises:
+        MissingDependency: there is no Transformers, or one that we do not speak to.
+    """
+    if not is_supported(transformers_version()):
+        raise missing_transformers(transformers_version())
+    if "transformers" not in sys.modules and sys.stderr.isatty():
+        print("starting torch and Transformers ...", file=sys.stderr)
+    from transformers.utils import logging
+
+    if debug:
+        yield
+        return
+    verbosity = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+    for warning in caught:
+        if type(warning.message).__module__.startswith("mixtura."):
+            print(f"warning: {warning.message}", file=sys.stderr)

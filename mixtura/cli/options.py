@@ -1,0 +1,48 @@
+"""Options that several verbs share: one spelling, one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixtura.errors import CheckpointError
+
+DEMO = Path(__file__).parent.parent / "demo"
+"""The model in the box."""
+
+DEBUG = "--debug"
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Directory of a model, or its hub id. Default: the model in the box."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where the model runs: cpu, cuda, cuda:1. Default: a GPU if there is one."),
+]
+Kernel = Annotated[str | None, typer.Option(help="Insist on one experts kernel by name.")]
+Debug = Annotated[
+    bool,
+    typer.Option(
+        DEBUG,
+        help="Check router and ids on every call, and show the traceback of an error.",
+    ),
+]
+
+
+def model_or_demo(model: str | None) -> str:
+    """What `--model` names; without it, the model in the box.
+
+    Raises:
+        CheckpointError: there is no model in the box.
+    """
+    if model is not None:
+        return str(Path(model).expanduser()) if model.startswith("~") else model
+    if not (DEMO / "config.json").is_file():
+        raise CheckpointError(
+            f"the model in the box ({DEMO}) must be there when --model is not given; got none. "
+            f"Give --model, or install mixtura again."
+        )
+    return str(DEMO)

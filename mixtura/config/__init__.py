@@ -1,0 +1,79 @@
+"""What an MoE layer is, as frozen values; every cross-field check happens here, at construction.
+
+Enumerations are the edge where strings stop: `ActivationFunction.parse("silu")` and its siblings
+turn a configuration string into a value, or say which values there are.
+"""
+
+from mixtura.config.choice import (
+    MAX_ELEMENTS,
+    Choice,
+    require_finite,
+    require_positive,
+)
+from mixtura.config.experts import (
+    SWIGLU_OAI,
+    Activation,
+    ActivationFunction,
+    ExpertsConfig,
+    GateUp,
+    LimitOn,
+    PostNorm,
+)
+from mixtura.config.layer import (
+    GatePrecision,
+    MoEConfig,
+    RunnerConfig,
+    SharedExpertsConfig,
+    SharedExpertsOrder,
+)
+from mixtura.config.routing import (
+    DroppedGroup,
+    GroupLimit,
+    GroupScore,
+    NativeGate,
+    NoComputeExperts,
+    NoComputeKind,
+    Renormalize,
+    RoutingConfig,
+    ScaleOn,
+    ScoreFunction,
+    ScoreOrder,
+    SelectionBias,
+    Simulation,
+    SimulationConfig,
+    WeightOn,
+)
+
+__all__ = [
+    "MAX_ELEMENTS",
+    "SWIGLU_OAI",
+    "Activation",
+    "ActivationFunction",
+    "Choice",
+    "DroppedGroup",
+    "ExpertsConfig",
+    "GatePrecision",
+    "GateUp",
+    "GroupLimit",
+    "GroupScore",
+    "LimitOn",
+    "MoEConfig",
+    "NativeGate",
+    "NoComputeExperts",
+    "NoComputeKind",
+    "PostNorm",
+    "Renormalize",
+    "RoutingConfig",
+    "RunnerConfig",
+    "ScaleOn",
+    "ScoreFunction",
+    "ScoreOrder",
+    "SelectionBias",
+    "SharedExpertsConfig",
+    "SharedExpertsOrder",
+    "Simulation",
+    "SimulationConfig",
+    "WeightOn",
+    "require_finite",
+    "require_positive",
+]

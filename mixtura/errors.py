@@ -1,0 +1,42 @@
+"""Exceptions that mixtura raises for what a user can mend.
+
+Every message reads: what (value) must rule; got fact. Do this.
+"""
+
+from __future__ import annotations
+
+
+class MixturaError(Exception):
+    """Base of every error that mixtura raises on purpose."""
+
+
+class ConfigError(MixturaError, ValueError):
+    """A configuration value, alone or together with another, is not possible."""
+
+
+class InputError(MixturaError, ValueError):
+    """A tensor or argument of a call has the wrong shape, dtype, device or range."""
+
+
+class CheckpointError(MixturaError):
+    """A checkpoint file or directory is missing, broken, or of a kind that is not read."""
+
+
+class TraceError(MixturaError):
+    """A routing trace file is missing, broken, or of another version."""
+
+
+class UnsupportedModel(MixturaError):
+    """A model has no MoE layer, or has one that mixtura cannot take over."""
+
+
+class NoKernelFits(MixturaError):
+    """No kernel accepts the problem; the message lists every candidate with its reason."""
+
+
+class GradientUnsupported(MixturaError):
+    """Gradients are needed where the chosen weights or kernel cannot give them."""
+
+
+class MissingDependency(MixturaError, ImportError):
+    """An optional package is not installed, or not in a supported version."""

@@ -1,0 +1,158 @@
+"""`SharedExperts`: the MLP that every token visits, and when it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixtura.config import SharedExpertsConfig, SharedExpertsOrder
+from mixtura.kernels.contract import sum_dtype
+from mixtura.kernels.reference.activation import activate
+from mixtura.kernels.reference.linear import linear_by_row
+
+
+def shared_experts_order(
+    config: SharedExpertsConfig | None,
+    *,
+    device_type: str,
+    num_tokens: int,
+    is_remote: bool,
+    is_tracing: bool,
+) -> SharedExpertsOrder:
+    """When shared experts run in this call. Pure, so that every caller decides alike.
+
+    `is_remote`: the dispatcher waits on other ranks, which is time to use. Under tracing the
+    auxiliary stream is not used.
+    """
+    if config is None:
+        return SharedExpertsOrder.NONE
+    if config.is_external:
+        return SharedExpertsOrder.EXTERNAL
+    if is_remote:
+        return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
+    if (
+        config.uses_stream
+        and not is_tracing
+        and device_type == "cuda"
+        and num_tokens <= config.stream_max_tokens
+    ):
+        return SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
+    return SharedExpertsOrder.NO_OVERLAP
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTask:
+    """Shared experts under way; `result` waits for them where their sum is needed."""
+
+    output: Tensor
+    stream: torch.cuda.Stream | None = None
+
+    def result(self) -> Tensor:
+        """(T,H); the calling stream waits for the auxiliary one."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.output.device)
+            current.wait_stream(self.stream)
+            self.output.record_stream(current)
+        return self.output
+
+
+class SharedExperts(nn.Module):
+    """`down(f(gate(x)) * up(x))`, times `sigmoid(x @ w.T)` where there is a sigmoid gate.
+
+    Args:
+        config: width, activation, order.
+        hidden_size: H.
+        is_row_invariant: compute each row by itself in fp32, so that it is bitwise the same in any
+            batch and with any number of threads; a loop over rows.
+        device, dtype: of new, uninitialised parameters.
+    """
+
+    shared_config: SharedExpertsConfig
+    is_row_invariant: bool = False
+
+    def __init__(
+        self,
+        config: SharedExpertsConfig,
+        hidden_size: int,
+        *,
+        is_row_invariant: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.shared_config = config
+        self.is_row_invariant = is_row_invariant
+        width = config.intermediate_size
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        self.gate_proj = linear(hidden_size, width, config.has_bias) if config.is_gated else None
+        self.up_proj = linear(hidden_size, width, config.has_bias)
+        self.down_proj = linear(width, hidden_size, config.has_bias)
+
+    def forward(self, hidden_states: Tensor, gate_weight: Tensor | None = None) -> Tensor:
+        """Run on (T,H) rows -> (T,H).
+
+        `gate_weight` (1,H) is the sigmoid gate's, which the layer owns.
+        """
+        if self.is_row_invariant:
+            return self._run_by_row(hidden_states, gate_weight)
+        up = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            hidden = activate(up, None, self.shared_config.activation)
+        else:
+            hidden = activate(self.gate_proj(hidden_states), up, self.shared_config.activation)
+        out: Tensor = self.down_proj(hidden)
+        if gate_weight is not None:
+            out = F.linear(hidden_states, gate_weight).sigmoid() * out
+        return out
+
+    def _run_by_row(self, hidden_states: Tensor, gate_weight: Tensor | None) -> Tensor:
+        if hidden_states.shape[0] == 0:
+            return torch.zeros_like(hidden_states)
+        rows = torch.split(hidden_states.to(sum_dtype(hidden_states.dtype)), 1)
+        # An activation rounds differently in a vector loop and in its remainder, so it too goes by
+        # row.
+        return torch.cat([self._run_row(row, gate_weight) for row in rows]).to(hidden_states.dtype)
+
+    def _run_row(self, row: Tensor, gate_weight: Tensor | None) -> Tensor:
+        """(1,H) -> (1,H)."""
+
+        def project(linear: nn.Linear, x: Tensor) -> Tensor:
+            return linear_by_row(x, linear.weight, linear.bias)
+
+        up = project(self.up_proj, row)
+        if self.gate_proj is None:
+            hidden = activate(up, None, self.shared_config.activation)
+        else:
+            hidden = activate(project(self.gate_proj, row), up, self.shared_config.activation)
+        out = project(self.down_proj, hidden)
+        return out if gate_weight is None else linear_by_row(row, gate_weight).sigmoid() * out
+
+    def start(
+        self, hidden_states: Tensor, gate_weight: Tensor | None, order: SharedExpertsOrder
+    ) -> SharedTask:
+        """Begin; on an auxiliary stream for MULTI_STREAM_OVERLAPPED, else at once."""
+        if order is not SharedExpertsOrder.MULTI_STREAM_OVERLAPPED:
+            return SharedTask(self(hidden_states, gate_weight))
+        stream = _auxiliary_stream(hidden_states.device)
+        stream.wait_stream(torch.cuda.current_stream(hidden_states.device))
+        with torch.cuda.stream(stream):
+            output = self(hidden_states, gate_weight)
+            hidden_states.record_stream(stream)
+        return SharedTask(output, stream)
+
+
+_STREAMS: dict[int, torch.cuda.Stream] = {}
+
+
+def _auxiliary_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one auxiliary stream of a device."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index not in _STREAMS:
+        _STREAMS[index] = torch.cuda.Stream(device=index)  # type: ignore[no-untyped-call]
+    return _STREAMS[index]

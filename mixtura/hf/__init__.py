@@ -1,0 +1,30 @@
+"""The Transformers plug: `convert`, `from_pretrained`, and the experts function named "mixtura"."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from mixtura.plugin import NAME, is_supported, missing_transformers, transformers_version
+
+if is_supported(transformers_version()):
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    from mixtura.hf.convert import convert, is_converted, moe_layers
+    from mixtura.hf.experts import experts_forward
+    from mixtura.hf.load import from_pretrained, load_config
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+else:
+
+    def _unavailable(*_: Any, **__: Any) -> NoReturn:
+        raise missing_transformers(transformers_version())
+
+    convert = from_pretrained = is_converted = load_config = moe_layers = _unavailable
+
+__all__ = [
+    "convert",
+    "from_pretrained",
+    "is_converted",
+    "load_config",
+    "moe_layers",
+]

@@ -1,0 +1,250 @@
+"""`convert`: every MoE layer of a Transformers model becomes ours, or is named with the reason."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mixtura.config import GatePrecision, RunnerConfig
+from mixtura.errors import ConfigError, UnsupportedModel
+from mixtura.experts import ExpertsOptions
+from mixtura.hf.adopt import layer_index
+from mixtura.hf.blocks import BlockOptions, BlockPlan, FamilyMoE, block_spec, plan_block
+from mixtura.hf.experts import ExpertsPlan, FamilyExperts, plan_experts
+from mixtura.kernels import get_kernel
+from mixtura.layer import FusedMoE
+from mixtura.plugin import NAME
+
+NOT_TAKEN_OVER: dict[str, str] = {
+    "JetMoeMoA": "its experts are attention projections, not feed-forward networks",
+    "DogeCDMoE": "an expert is one neuron chosen by product keys",
+    "NllbMoeSparseMLP": "experts have a capacity and drop tokens (encoder-decoder)",
+    "SwitchTransformersSparseMLP": "experts have a capacity and drop tokens (encoder-decoder)",
+    "VitPoseNaiveMoe": "the expert is chosen by data set, not routed",
+}
+"""Classes of Transformers that are mixtures of something, and why they stay as they are."""
+
+EXPERTS_ONLY = "only its experts are ours"
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """One MoE layer of a model.
+
+    Attributes:
+        name: the module's path.
+        kind: "block" (gate, router, experts and shared experts are ours), "experts" (only the
+            experts are), or "none".
+        reason: why it is not ours, or not wholly.
+    """
+
+    name: str
+    kind: str
+    reason: str | None = None
+
+
+def convert(
+    model: PreTrainedModel,
+    *,
+    kernel: str | None = None,
+    strict: bool = False,
+    gate: GatePrecision | str = GatePrecision.FP32,
+    deterministic: bool = False,
+    max_rows_per_pass: int | None = None,
+    debug: bool = False,
+) -> PreTrainedModel:
+    """Take over the MoE layers of a model, in place and without moving a weight.
+
+    Known blocks are taken over whole; of other families with Transformers' experts interface, the
+    experts. Every layer is read before the first is changed: an error leaves the model as it was.
+
+    Args:
+        model: any Transformers model.
+        kernel: insist on an experts kernel by name.
+        strict: an error where a layer stays as it was, where a known block cannot be taken over
+            whole, or where the preferred kernel cannot run.
+        gate: of blocks taken over whole, "fp32", or "native" for each family's own arithmetic.
+        deterministic: bitwise the same row whatever else is in the batch.
+        max_rows_per_pass: bound on the tokens that go through such a block at a time.
+        debug: check logits and ids on every call.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: an argument is none of its choices.
+        UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
+        NoKernelFits: none can run the experts, or not the one insisted on.
+    """
+    if kernel is not None:
+        get_kernel(kernel)
+    options = BlockOptions(
+        experts=ExpertsOptions(kernel=kernel, strict=strict, deterministic=deterministic),
+        runner=RunnerConfig(max_rows_per_pass=max_rows_per_pass),
+        gate=GatePrecision.parse(gate),
+        debug=debug,
+    )
+    blocks, experts, reasons = plan_layers(model, options)
+    kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
+    left = check_left(model, survey(model, kinds, reasons), strict=strict)
+    for plan in [*(block.experts for block in blocks.values()), *experts.values()]:
+        plan.decide()
+    for block in blocks.values():
+        block.adopt()
+    for plan in experts.values():
+        plan.adopt(FamilyExperts)
+    if experts:
+        _pin(model.get_submodule(name) for name in reasons)
+        model.set_experts_implementation(NAME)
+    if left is not None:
+        warnings.warn(left, UnconvertedLayerWarning, stacklevel=2)
+    return model
+
+
+def plan_layers(
+    model: nn.Module, options: BlockOptions
+) -> tuple[dict[str, BlockPlan], dict[str, ExpertsPlan], dict[str, str]]:
+    """What can be taken over by module path, blocks and experts; and why the rest cannot."""
+    owner = config_owners(model)
+    blocks: dict[str, BlockPlan] = {}
+    experts: dict[str, ExpertsPlan] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if _is_inside(name, blocks):
+            continue
+        spec = block_spec(module)
+        try:
+            if spec is not None:
+                layer = layer_index(name)
+                blocks[name] = plan_block(module, spec, owner[name], layer, options)
+            elif is_decorated(module):
+                experts[name] = plan_experts(module, options.experts)
+        except (UnsupportedModel, ConfigError) as error:
+            reasons[name] = str(error)
+    return blocks, experts, reasons
+
+
+def _pin(modules: Iterable[Any]) -> None:
+    """Let experts that cannot be ours keep the implementation that they have now."""
+    for module in modules:
+        if is_decorated(module):
+            module.config = copy.copy(module.config)
+
+
+def _is_inside(name: str, outer: Iterable[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in outer)
+
+
+def moe_layers(model: nn.Module) -> list[TakenOver]:
+    """Every MoE layer of a model, ours or not, in the order of the model's modules."""
+    kinds: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedMoE):
+            kinds[name] = "block"
+        elif is_decorated(module):
+            if module.config._experts_implementation == NAME:
+                kinds[name] = "experts"
+            elif isinstance(module, FamilyExperts):
+                reasons[name] = "another experts implementation has been set"
+    return survey(model, kinds, reasons)
+
+
+def survey(
+    model: nn.Module, kinds: Mapping[str, str], reasons: Mapping[str, str]
+) -> list[TakenOver]:
+    """The MoE layers, given which modules are taken over how, and why others are not."""
+    found: list[TakenOver] = []
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if _is_inside(name, inside):
+            continue
+        kind = kinds.get(name)
+        if kind is None and any(_is_inside(other, (name,)) for other in kinds):
+            continue  # only its experts are ours, and they come next
+        if kind == "block":
+            found.append(TakenOver(name, kind))
+        elif kind is not None:
+            found.append(TakenOver(name, kind, reasons.get(_parent(name), EXPERTS_ONLY)))
+        elif is_decorated(module) or block_spec(module) is not None or _not_taken(module):
+            reason = reasons.get(name) or _not_taken(module) or "it has not been converted"
+            found.append(TakenOver(name, "none", reason))
+        else:
+            continue
+        inside.append(name)
+    return found
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _not_taken(module: nn.Module) -> str | None:
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return next((NOT_TAKEN_OVER[name] for name in names if name in NOT_TAKEN_OVER), None)
+
+
+def is_decorated(module: nn.Module) -> bool:
+    """Whether a module carries Transformers' experts interface."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_concatenated")
+
+
+def config_owners(model: nn.Module) -> dict[str, Any]:
+    """For every module, the configuration of the innermost Transformers model around it."""
+    owners: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        config = module.config if isinstance(module, PreTrainedModel) else None
+        owners[name] = config if config is not None else owners.get(_parent(name))
+    return owners
+
+
+def check_left(model: nn.Module, layers: list[TakenOver], *, strict: bool) -> str | None:
+    """Which layers stay as they are, wholly or against the table, and why; None where none does.
+
+    Raises:
+        UnsupportedModel: all stay wholly; with `strict`, any stays.
+    """
+    left = [layer for layer in layers if layer.reason not in (None, EXPERTS_ONLY)]
+    if all(layer.kind == "none" for layer in layers):
+        detail = f" {left[0].name}: {left[0].reason}." if left else ""
+        raise UnsupportedModel(
+            f"the model ({type(model).__name__}) must have an MoE layer that mixtura can take "
+            f"over; got none.{detail} Load it with Transformers alone."
+        )
+    if not left:
+        return None
+    lines = "".join(f"\n  {layer.name}: {layer.reason}" for layer in left)
+    message = f"these MoE layers stay with Transformers, or all but their experts do:{lines}"
+    if strict:
+        raise UnsupportedModel(
+            f"every MoE layer must be taken over under strict=True; got others: {message}\n"
+            f"Drop strict to run them as they are."
+        )
+    return message
+
+
+class UnconvertedLayerWarning(UserWarning):
+    """Some MoE layers of a model were not taken over."""
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether a model has MoE layers and all of them are ours."""
+    layers = moe_layers(model)
+    return bool(layers) and all(layer.kind != "none" for layer in layers)
+
+
+__all__ = [
+    "NOT_TAKEN_OVER",
+    "FamilyMoE",
+    "TakenOver",
+    "UnconvertedLayerWarning",
+    "convert",
+    "is_converted",
+    "moe_layers",
+]

@@ -1,0 +1,191 @@
+"""The experts function that Transformers calls: `experts_implementation="mixtura"`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mixtura.config import ExpertsConfig
+from mixtura.errors import InputError, UnsupportedModel
+from mixtura.experts import ExpertsOptions, PackedExperts, StoredTensor
+from mixtura.hf.adopt import adopt_class, offloads
+from mixtura.hf.read import read_experts
+from mixtura.kernels import KernelDecision, select_kernel
+from mixtura.layer import check_ids
+from mixtura.plugin import NAME
+from mixtura.types import DENSE, ExpertBatch, ExpertsProblem
+
+
+class AdoptedExperts(PackedExperts):
+    """What experts of Transformers models have in common once they are ours."""
+
+    def _is_kept(self) -> bool:
+        return not offloads(self) and super()._is_kept()
+
+
+class FamilyExperts(AdoptedExperts):
+    """A family's experts module, adopted; its forward stays the family's, and comes back to us."""
+
+    config: Any
+
+    def _free(self) -> dict[str, Tensor]:
+        if _restore_for_others not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_restore_for_others)
+        return super()._free()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether Transformers sends this module's calls to us now."""
+        return bool(self.config._experts_implementation == NAME)
+
+
+def _restore_for_others(module: nn.Module, args: Any) -> None:
+    """Bring the parameters back before an implementation runs that was set after ours."""
+    if isinstance(module, FamilyExperts) and not module.is_in_use:
+        module.materialize()
+
+
+class BlockExperts(AdoptedExperts):
+    """The experts of a block of ours, which calls them as the family's block would.
+
+    So hooks on the module, and modules put around it, see every call.
+    """
+
+    def forward(self, hidden_states: Tensor, local_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """(M,H), (M,K) with -1 for no expert, (M,K) -> (M,H)."""
+        with read_once(self):
+            return self.run_batch(ExpertBatch(hidden_states, local_ids, topk_weights))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsPlan:
+    """An experts module that has been read and found to be one that we can run.
+
+    Attributes:
+        module: still as it was. config, storage: what it computes, and from what.
+        options: how it is to be run.
+    """
+
+    module: nn.Module
+    config: ExpertsConfig
+    storage: dict[str, StoredTensor]
+    options: ExpertsOptions
+
+    def problem(self, device: str | None = None) -> ExpertsProblem:
+        """What a kernel would be asked to run, on the weights' device unless another is given."""
+        first = self.storage["gate_up_proj"].read(self.module)
+        return ExpertsProblem(
+            experts=self.config,
+            scheme=DENSE,
+            weight_dtype=first.dtype,
+            activation_dtype=first.dtype,
+            device=device or first.device.type,
+            weight_on=self.options.weight_on,
+            is_deterministic=self.options.deterministic,
+        )
+
+    def decide(self, device: str | None = None) -> KernelDecision:
+        """The kernel for that problem.
+
+        Raises:
+            NoKernelFits: no kernel, or not the one asked for, can run the experts.
+        """
+        return select_kernel(
+            self.problem(device), kernel=self.options.kernel, strict=self.options.strict
+        )
+
+    def adopt(self, ours: type[PackedExperts]) -> None:
+        """Make the module one of ours. It cannot fail; observers stay."""
+        module: Any = self.module
+        observers = module.observers if isinstance(module, PackedExperts) else ()
+        adopt_class(module, ours)
+        module.adopt(self.config, self.options, self.storage)
+        module.observers = observers
+
+
+def plan_experts(module: nn.Module, options: ExpertsOptions) -> ExpertsPlan:
+    """Read an experts module that has Transformers' experts interface; it is left as it is.
+
+    Raises:
+        UnsupportedModel: it computes something that our kernels do not.
+    """
+    if isinstance(module, PackedExperts):
+        module.materialize()
+    config, storage = read_experts(module)
+    check_in_memory(module, [stored.path for stored in storage.values()])
+    return ExpertsPlan(module, config, storage, options)
+
+
+def check_in_memory(called: nn.Module, paths: list[str]) -> None:
+    """Refuse weights of modules that are not called, and so stay where Accelerate put them.
+
+    Raises:
+        UnsupportedModel: a weight, by its path from the module that is called, is offloaded.
+    """
+    for path in paths:
+        owner, _, _ = path.rpartition(".")
+        if owner and offloads(called.get_submodule(owner)):
+            raise UnsupportedModel(
+                f"{path} of {type(called).__name__} must be in memory; got a module whose weights "
+                f"are offloaded. Load the model without offload."
+            )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _adopt_once(module: nn.Module) -> None:
+    if not isinstance(module, PackedExperts):
+        plan_experts(module, ExpertsOptions()).adopt(FamilyExperts)
+
+
+def experts_forward(
+    module: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """Run a family's experts with our kernels; registered in Transformers under `NAME`.
+
+    Args:
+        module: the family's experts module; adopted at its first call.
+        hidden_states: (T,H).
+        top_k_index: (T,K) integer ids; with expert parallelism, the number of local experts and
+            above mean "not here".
+        top_k_weights: (T,K).
+
+    Returns:
+        (T,H) in the dtype of `hidden_states`.
+
+    Raises:
+        UnsupportedModel: the experts compute something that our kernels do not.
+        InputError: an id is out of range, or the hidden states do not fit the experts.
+    """
+    if kwargs:
+        raise InputError(
+            f"the experts function 'mixtura' must be called without {', '.join(sorted(kwargs))}; "
+            f"got them. Use another ep_implementation."
+        )
+    _adopt_once(module)
+    assert isinstance(module, PackedExperts)
+    num_experts = module.experts_config.num_experts
+    ids = top_k_index.to(torch.int32)
+    if getattr(module, "_is_expert_parallel", False):
+        ids = torch.where(ids >= num_experts, -1, ids)
+    elif ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(ids, num_experts)
+    for observer in module.observers:
+        observer(ids, top_k_weights)
+    with read_once(module):
+        return module.run_batch(ExpertBatch(hidden_states, ids, top_k_weights))
+
+
+def read_once(module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a parametrized weight (LoRA) is computed once and read often."""
+    if torch.compiler.is_compiling() or not parametrize.is_parametrized(module):
+        return nullcontext()
+    return parametrize.cached()

@@ -1,0 +1,408 @@
+"""`explain`: what would run where, from configuration and headers, before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mixtura.config import (
+    GatePrecision,
+    RoutingConfig,
+    RunnerConfig,
+    SharedExpertsConfig,
+)
+from mixtura.errors import ConfigError, UnsupportedModel
+from mixtura.experts import ExpertsOptions
+from mixtura.experts.storage import read_weights
+from mixtura.experts.words import activation_in_words
+from mixtura.hf.adopt import layer_index
+from mixtura.hf.blocks import BlockOptions, BlockPlan
+from mixtura.hf.convert import check_left, config_owners, plan_layers, survey
+from mixtura.hf.experts import ExpertsPlan
+from mixtura.hf.headers import StoredModel, local_headers, match_headers, stored_dtype
+from mixtura.hf.load import empty_model, load_config
+from mixtura.kernels import Rejection, get_kernel
+from mixtura.routing.families import TOP_K, read
+from mixtura.routing.words import in_words
+
+LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A module path's first part that is a number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsExplanation:
+    """The experts of one layer, and what runs them.
+
+    Attributes:
+        num_experts: E. num_no_compute: choices without arithmetic beside them.
+        top_k: K, or None where only the family's own router knows it.
+        hidden_size: H. intermediate_size: I of one expert. shared_size: I of the shared experts.
+        activation: what an expert computes between its projections.
+        layout: how gate and up are stored.
+        dtype: of the weights when they run. stored_dtype: in the files, where these are here.
+        routing: the rule in words.
+        is_router_ours: whether mixtura routes, or the family's own router.
+        kernel: what runs the experts. rejections: the other kernels, each with its reason.
+        is_fallback: a kernel that is preferred on this device cannot run them.
+        num_bytes: of the experts' weights.
+        bytes_per_token: weights that a token reads at most: K experts and, where the whole block is
+            ours, gate and shared experts; None where K is not known.
+    """
+
+    num_experts: int
+    num_no_compute: int
+    top_k: int | None
+    hidden_size: int
+    intermediate_size: int
+    shared_size: int | None
+    activation: str
+    layout: str
+    dtype: str
+    stored_dtype: str | None
+    routing: str
+    is_router_ours: bool
+    kernel: str
+    rejections: tuple[Rejection, ...]
+    is_fallback: bool
+    num_bytes: int
+    bytes_per_token: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerExplanation:
+    """One MoE layer of a model.
+
+    Attributes:
+        name: the module's path.
+        kind: "block" (gate, router, experts and shared experts are ours), "experts" (only the
+            experts are), or "none".
+        reason: why it is not ours, or not wholly.
+        experts: what runs; None where the layer is not ours.
+    """
+
+    name: str
+    kind: str
+    reason: str | None
+    experts: ExpertsExplanation | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGroup:
+    """MoE layers that are alike but for their place.
+
+    Attributes:
+        names: their module paths.
+        label: what they are called together: "layers 3-60".
+        layer: what holds for each of them.
+    """
+
+    names: tuple[str, ...]
+    label: str
+    layer: LayerExplanation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelExplanation:
+    """What would run where.
+
+    Attributes:
+        model_type, architecture: the family, and the class that is built.
+        device: where it would run. dtype: of the weights, unless a layer says otherwise.
+        gate: the arithmetic of the routers that are ours.
+        layers: the MoE layers, in order.
+        dense: label of the layers beside them that have no experts, or None.
+        num_bytes: of all weights.
+        bytes_per_token: weights that a token reads at most; the input embedding, of which it reads
+            a row, is left out. None where a layer's is not known.
+        num_stored: tensors in the files that were compared; 0 where there are no files.
+        unused: tensors of the files that the model has no place for.
+    """
+
+    model_type: str
+    architecture: str
+    device: str
+    dtype: str
+    gate: str
+    layers: tuple[LayerExplanation, ...]
+    dense: str | None
+    num_bytes: int
+    bytes_per_token: int | None
+    num_stored: int
+    unused: tuple[str, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts' weights."""
+        return sum(layer.experts.num_bytes for layer in self.layers if layer.experts is not None)
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layers, those that are alike together."""
+        alike: dict[LayerExplanation, list[str]] = {}
+        for layer in self.layers:
+            pattern = LAYER_NUMBER.sub("*", layer.name, count=1)
+            alike.setdefault(replace(layer, name=pattern), []).append(layer.name)
+        has_one_pattern = len({layer.name for layer in alike}) == 1
+        return tuple(
+            LayerGroup(
+                names=tuple(names),
+                label=_label(names, None if has_one_pattern else layer.name),
+                layer=replace(layer, name=names[0]),
+            )
+            for layer, names in alike.items()
+        )
+
+
+def explain(
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    kernel: str | None = None,
+    strict: bool = False,
+    gate: GatePrecision | str = GatePrecision.FP32,
+    deterministic: bool = False,
+) -> ModelExplanation:
+    """Say how a model's MoE layers would run, from its configuration alone or, with files, headers.
+
+    The model is built without memory for its weights. Where its files are on this machine, every
+    tensor's header is compared with the configuration. Nothing but the configuration is downloaded.
+
+    Args:
+        model: a directory with config.json, or a hub id.
+        device: "cpu", "cuda", ...; it need not be here.
+        dtype: of the weights; the checkpoint's own unless given.
+        kernel, strict, gate, deterministic: as for `convert`.
+
+    Raises:
+        CheckpointError: the configuration or a file is broken, or the two contradict each other.
+        UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
+        NoKernelFits: no kernel, or not the one asked for, can run the experts.
+    """
+    if kernel is not None:
+        get_kernel(kernel)
+    where = device_type(device)
+    config = load_config(model)
+    headers = local_headers(model)
+    if dtype is None and config.dtype is None and headers:
+        dtype = stored_dtype(headers)
+    empty = empty_model(config, dtype)
+    _keep_in_fp32(empty)
+    stored = match_headers(empty, headers) if headers else StoredModel({}, ())
+    options = BlockOptions(
+        experts=ExpertsOptions(kernel=kernel, strict=strict, deterministic=deterministic),
+        runner=RunnerConfig(),
+        gate=GatePrecision.parse(gate),
+        debug=False,
+    )
+    blocks, experts, reasons = plan_layers(empty, options)
+    kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
+    found = survey(empty, kinds, reasons)
+    check_left(empty, found, strict=strict)
+    reader = _Reader(empty, where, stored)
+    layers = []
+    for layer in found:
+        part = None
+        if layer.kind == "block":
+            part = reader.block(layer.name, blocks[layer.name])
+        elif layer.kind == "experts":
+            part = reader.experts_alone(layer.name, experts[layer.name])
+        layers.append(
+            LayerExplanation(name=layer.name, kind=layer.kind, reason=layer.reason, experts=part)
+        )
+    return ModelExplanation(
+        model_type=config.model_type,
+        architecture=type(empty).__name__,
+        device=device,
+        dtype=_name(empty.dtype),
+        gate=options.gate.value,
+        layers=tuple(layers),
+        dense=_dense(empty, [layer.name for layer in layers]),
+        num_bytes=_num_bytes(empty),
+        bytes_per_token=_bytes_per_token(empty, layers),
+        num_stored=len(headers),
+        unused=stored.unused,
+    )
+
+
+def device_type(name: str) -> str:
+    """ "cuda" of "cuda:1"; the device need not be here.
+
+    Raises:
+        ConfigError: the name means nothing.
+    """
+    try:
+        return torch.device(name).type
+    except RuntimeError:
+        raise ConfigError(
+            f"device ({name!r}) must be cpu, cuda or cuda:N; got an unknown name. Use one of these."
+        ) from None
+
+
+def _keep_in_fp32(model: PreTrainedModel) -> None:
+    """Give the weights that a family keeps in fp32 that dtype, as loading does."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for pattern, dtype in plan.items():
+            if re.search(pattern.replace("*", ".*"), name):
+                tensor.data = tensor.data.to(dtype)
+
+
+class _Reader:
+    """Reads layers of a model on the meta device, for one device."""
+
+    def __init__(self, model: PreTrainedModel, device: str, stored: StoredModel) -> None:
+        self.model = model
+        self.device = device
+        self.stored = stored
+        self.owners = config_owners(model)
+
+    def block(self, name: str, plan: BlockPlan) -> ExpertsExplanation:
+        """A block that is taken over whole."""
+        config = plan.layer.config
+        part = self._experts(
+            name if plan.spec.experts is None else f"{name}.{plan.spec.experts}",
+            plan.experts,
+            routing=config.routing,
+            shared=config.shared,
+            words=in_words(config.routing),
+        )
+        beside = _num_bytes(plan.block) - part.num_bytes
+        assert part.bytes_per_token is not None
+        return replace(part, is_router_ours=True, bytes_per_token=part.bytes_per_token + beside)
+
+    def experts_alone(self, name: str, plan: ExpertsPlan) -> ExpertsExplanation:
+        """Experts behind a router that stays the family's own."""
+        try:
+            routing = RoutingConfig.from_hf(self.owners[name], layer_index=layer_index(name))
+        except (UnsupportedModel, ConfigError) as error:
+            reason = RoutingConfig.HF_NOT_COVERED.get(self.owners[name].model_type, str(error))
+            return self._experts(name, plan, routing=None, shared=None, words=reason)
+        return self._experts(name, plan, routing=routing, shared=None, words=in_words(routing))
+
+    def _experts(
+        self,
+        name: str,
+        plan: ExpertsPlan,
+        *,
+        routing: RoutingConfig | None,
+        shared: SharedExpertsConfig | None,
+        words: str,
+    ) -> ExpertsExplanation:
+        config = plan.config
+        decision = plan.decide(self.device)
+        weights = read_weights(plan.module, config, plan.storage)
+        norm = weights.post_norm.nbytes if weights.post_norm is not None else 0
+        per_expert = (weights.num_bytes - norm) // config.num_experts
+        top_k = routing.top_k if routing is not None else self._top_k(name)
+        kept = self.stored.dtypes.get(f"{name}.{plan.storage['gate_up_proj'].path}")
+        return ExpertsExplanation(
+            num_experts=config.num_experts,
+            num_no_compute=routing.num_choices - routing.num_experts if routing else 0,
+            top_k=top_k,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            shared_size=shared.intermediate_size if shared is not None else None,
+            activation=activation_in_words(config.activation, config),
+            layout=config.gate_up.value,
+            dtype=_name(decision.problem.weight_dtype),
+            stored_dtype=_name(kept) if kept is not None else None,
+            routing=words,
+            is_router_ours=False,
+            kernel=decision.kernel.name,
+            rejections=decision.rejections,
+            is_fallback=decision.is_fallback,
+            num_bytes=sum(s.read(plan.module).nbytes for s in plan.storage.values()),
+            bytes_per_token=(
+                norm + per_expert * min(top_k, config.num_experts) if top_k is not None else None
+            ),
+        )
+
+    def _top_k(self, name: str) -> int | None:
+        """K as the configuration names it, where one number holds for all layers."""
+        try:
+            found = read(self.owners[name], TOP_K)
+        except ConfigError:
+            return None
+        return found if isinstance(found, int) else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _weights(module: nn.Module) -> dict[int, Tensor]:
+    """Parameters and stored buffers, each once."""
+    kept = set(module.state_dict(keep_vars=True))
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {id(tensor): tensor for name, tensor in named if name in kept}
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in _weights(module).values())
+
+
+def _bytes_per_token(model: PreTrainedModel, layers: Iterable[LayerExplanation]) -> int | None:
+    """All weights but unchosen experts and an input embedding that is nothing else."""
+    total = _num_bytes(model)
+    for layer in layers:
+        part = layer.experts
+        if part is None:
+            continue
+        if part.top_k is None:
+            return None
+        experts = min(part.top_k, part.num_experts)
+        total -= part.num_bytes * (part.num_experts - experts) // part.num_experts
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if embedding is not None and (head is None or head.weight is not embedding.weight):
+        total -= embedding.weight.nbytes
+    return total
+
+
+def _dense(model: nn.Module, names: list[str]) -> str | None:
+    """Label of the layers in the same list as the MoE layers that have none."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        found = LAYER_NUMBER.search(name)
+        if found is not None:
+            numbers.setdefault(name[: found.start() - 1], set()).add(int(found.group()))
+    for path, present in numbers.items():
+        missing = set(range(len(list(model.get_submodule(path).children())))) - present
+        if missing:
+            return numbered(missing)
+    return None
+
+
+def _label(names: list[str], pattern: str | None) -> str:
+    """What layers are called together; their path too, where there is more than one kind."""
+    found = [LAYER_NUMBER.search(name) for name in names]
+    numbers = {int(match.group()) for match in found if match is not None}
+    if not numbers:
+        return names[0]
+    label = numbered(numbers)
+    return label if pattern is None else f"{label} ({pattern})"
+
+
+def numbered(numbers: set[int]) -> str:
+    """Layers by their numbers, consecutive ones as a range.
+
+    Example:
+        >>> numbered({0, 3, 4, 5, 9})
+        'layers 0, 3-5, 9'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    found = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"layer {found}" if len(numbers) == 1 else f"layers {found}"

@@ -1,0 +1,222 @@
+"""A checkpoint's headers against the model that its configuration describes; no weight is read."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from mixtura.errors import CheckpointError
+from mixtura.hf.checkpoint import TensorHeader, checkpoint_files, read_headers
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Stored dtypes that a weight can be loaded from, as safetensors spells them."""
+
+
+def local_headers(model: str | Path) -> dict[str, TensorHeader]:
+    """The headers of a model's files, in its directory or the hub's cache; none without files.
+
+    Raises:
+        CheckpointError: in a directory some files are missing, or one is broken.
+    """
+    directory = Path(model)
+    is_cached = not directory.is_dir()
+    if is_cached:
+        config = try_to_load_from_cache(str(model), "config.json")
+        if not isinstance(config, str):
+            return {}
+        directory = Path(config).parent
+    present = {file.name for file in directory.glob("*.safetensors")}
+    if not present:
+        return {}
+    if is_cached and not _is_complete(directory, present):
+        return {}
+    return read_headers(checkpoint_files(directory))
+
+
+def _is_complete(directory: Path, present: set[str]) -> bool:
+    """Whether an interrupted download has brought all files of the index."""
+    try:
+        return all(file.name in present for file in checkpoint_files(directory))
+    except CheckpointError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """What the headers of a checkpoint say of a model.
+
+    Attributes:
+        dtypes: the stored dtype of every tensor of the model that is filled, by its name there.
+        unused: tensors of the checkpoint that the model has no place for.
+    """
+
+    dtypes: Mapping[str, torch.dtype]
+    unused: tuple[str, ...]
+
+
+def stored_dtype(headers: Mapping[str, TensorHeader]) -> torch.dtype | None:
+    """The dtype that Transformers loads with where the configuration has none: the first one."""
+    found = (DTYPES.get(headers[name].dtype) for name in headers)
+    return next((dtype for dtype in found if dtype is not None), None)
+
+
+def match_headers(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> StoredModel:
+    """Follow every stored tensor to its place in the model, as loading would, and compare.
+
+    Args:
+        model: built on the meta device.
+        headers: of all files of the checkpoint.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the configuration gives, or a dtype that
+            is no plain number, or is missing.
+    """
+    places = _Places(model)
+    state = places.state
+    dtypes: dict[str, torch.dtype] = {}
+    merged: dict[str, dict[str, list[str]]] = {}
+    unused: list[str] = []
+    for name in sorted(headers, key=dot_natural_key):
+        target, pattern = places.find(name)
+        if target not in state:
+            unused.append(name)
+        elif pattern is not None:
+            merged.setdefault(target, {}).setdefault(pattern, []).append(name)
+        else:
+            _check_shape(name, headers[name].shape, target, state[target])
+            dtypes[target] = _dtype_of(headers, [name], state[target])
+    for target, sources in merged.items():
+        names = [name for group in sources.values() for name in group]
+        for filled, shape in places.merge(target, sources, headers):
+            if filled in state:
+                _check_shape(_some(names), shape, filled, state[filled])
+                dtypes[filled] = _dtype_of(headers, names, state[filled])
+    _check_missing(model, state.keys() - dtypes.keys(), dtypes.keys())
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    return StoredModel(dtypes, tuple(n for n in unused if not _matches(n, ignored)))
+
+
+class _Places:
+    """Where a checkpoint's tensors go in a model: Transformers' renamings and merges for it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self.model = model
+        self.state: dict[str, Tensor] = model.state_dict()
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.converter_of = {p: c for c in self.converters for p in c.source_patterns}
+
+    def find(self, name: str) -> tuple[str, str | None]:
+        """The model's tensor that a stored one goes into, and the merge that takes it there."""
+        prefix = self.model.base_model_prefix
+        target, pattern = rename_source_key(
+            name, self.renamings, self.converters, prefix, self.state
+        )
+        if target not in self.state and name in self.state:
+            target, pattern = rename_source_key(name, [], [], prefix, self.state)
+        return target, pattern
+
+    def merge(
+        self, target: str, sources: Mapping[str, list[str]], headers: Mapping[str, TensorHeader]
+    ) -> Iterable[tuple[str, tuple[int, ...]]]:
+        """Name and shape of what stored tensors become together."""
+        for names in sources.values():
+            _check_alike(names, headers, target)
+        converter: Any = copy.deepcopy(self.converter_of[next(iter(sources))])
+        for pattern, names in sources.items():
+            converter.collected_tensors[pattern] = [
+                torch.empty(headers[name].shape, device="meta") for name in names
+            ]
+        try:
+            made = converter.convert(target, model=self.model, config=self.model.config)
+        except Exception as error:  # whatever a family's operation stumbles over
+            names = [name for group in sources.values() for name in group]
+            raise CheckpointError(
+                f"{_some(names)} must fit together as {target}; got {type(error).__name__}: "
+                f"{str(error).splitlines()[0]}. Fetch config.json and the weights again, both of "
+                f"one model."
+            ) from None
+        for name, value in made.items():
+            tensor = value[0] if isinstance(value, list) else value
+            yield name, tuple(tensor.shape)
+
+
+def _check_alike(names: list[str], headers: Mapping[str, TensorHeader], target: str) -> None:
+    """Raise `CheckpointError` naming the tensor whose shape is not that of its siblings."""
+    shapes = Counter(headers[name].shape for name in names)
+    usual = shapes.most_common(1)[0][0]
+    odd = next((name for name in names if headers[name].shape != usual), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{odd} ({headers[odd].shape}) must have the shape of the others that make up "
+            f"{target}; got {usual} there. Fetch the weights again."
+        )
+
+
+def _check_shape(name: str, shape: tuple[int, ...], target: str, needed: Tensor) -> None:
+    if shape != tuple(needed.shape):
+        place = "" if name == target else f", for {target}"
+        raise CheckpointError(
+            f"{name} ({shape}) must have the shape that config.json gives; got "
+            f"{tuple(needed.shape)} from it{place}. Fetch config.json and the weights again, both "
+            f"of one model."
+        )
+
+
+def _dtype_of(headers: Mapping[str, TensorHeader], names: list[str], needed: Tensor) -> torch.dtype:
+    """The widest stored dtype of tensors that become one."""
+    if not needed.is_floating_point():
+        return needed.dtype
+    for name in names:
+        if headers[name].dtype not in DTYPES:
+            raise CheckpointError(
+                f"{name} ({headers[name].dtype}) must be stored in one of {', '.join(DTYPES)}; got "
+                f"a packed or 8-bit dtype, and no quantization_config in config.json that says "
+                f"what it means. Fetch config.json again."
+            )
+    return max((DTYPES[headers[name].dtype] for name in names), key=lambda dtype: dtype.itemsize)
+
+
+def _check_missing(model: PreTrainedModel, missing: Iterable[str], filled: Iterable[str]) -> None:
+    """Raise `CheckpointError` for a tensor of the model that the checkpoint does not fill."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    filled = set(filled)
+    shared = {name for pair in tied.items() if filled.intersection(pair) for name in pair}
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    lacking = sorted(n for n in missing if n not in shared and not _matches(n, ignored))
+    if lacking:
+        raise CheckpointError(
+            f"the checkpoint must hold every tensor that config.json gives; got none for "
+            f"{_some(lacking)}. Fetch config.json and the weights again, both of one model."
+        )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"

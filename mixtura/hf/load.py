@@ -1,0 +1,248 @@
+"""`from_pretrained`: a checkpoint becomes a Transformers model whose MoE layers are ours."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mixtura.config import GatePrecision
+from mixtura.errors import CheckpointError, ConfigError, InputError, UnsupportedModel
+from mixtura.hf.blocks import block_spec
+from mixtura.hf.checkpoint import checkpoint_files, read_headers, read_json
+from mixtura.hf.convert import convert, is_decorated
+
+
+def from_pretrained(
+    model: str | Path,
+    *,
+    kernel: str | None = None,
+    strict: bool = False,
+    gate: GatePrecision | str = GatePrecision.FP32,
+    deterministic: bool = False,
+    max_rows_per_pass: int | None = None,
+    debug: bool = False,
+    **transformers_arguments: Any,
+) -> PreTrainedModel:
+    """Load a checkpoint and convert it; see `convert` for what the arguments do.
+
+    Args:
+        model: a directory, or a hub id, which Transformers downloads.
+        transformers_arguments: go to Transformers' own `from_pretrained`; `dtype` is "auto" unless
+            given.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: files are missing, truncated, pickles, or quantized.
+        UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
+    """
+    loaded = load_stock(model, **transformers_arguments)
+    return convert(
+        loaded,
+        kernel=kernel,
+        strict=strict,
+        gate=gate,
+        deterministic=deterministic,
+        max_rows_per_pass=max_rows_per_pass,
+        debug=debug,
+    )
+
+
+def load_stock(model: str | Path, **transformers_arguments: Any) -> PreTrainedModel:
+    """Load a checkpoint that has MoE layers, whole and checked, and convert nothing.
+
+    Returns:
+        Transformers' own model, in eval mode.
+
+    Raises:
+        CheckpointError: files are missing, truncated, pickles, or quantized.
+        UnsupportedModel: there is no MoE layer.
+    """
+    config = load_config(model, **_config_arguments(transformers_arguments))
+    check_moe(config)
+    if Path(model).is_dir():
+        read_headers(checkpoint_files(Path(model)))
+    arguments = {"dtype": "auto", **transformers_arguments, "config": config}
+    arguments["use_safetensors"] = True
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, found = model_class(config).from_pretrained(model, **arguments)
+    _check_complete(model, found["missing_keys"], found["mismatched_keys"])
+    return loaded.eval()
+
+
+def _check_complete(
+    model: str | Path, missing: set[str], mismatched: set[tuple[str, Any, Any]]
+) -> None:
+    """Raise `CheckpointError` where Transformers has left weights at random values."""
+    for name, stored, needed in sorted(mismatched, key=str):
+        raise CheckpointError(
+            f"{name} of {model} ({tuple(stored)}) must have the shape that config.json gives; got "
+            f"{tuple(needed)} from it. Fetch config.json and the weights again, both of one model."
+        )
+    if missing:
+        first, *others = sorted(missing)
+        raise CheckpointError(
+            f"the weights of {model} must hold every tensor of the model; got no {first}"
+            f"{f' and {len(others)} others not either' if others else ''}. Fetch the weights again."
+        )
+
+
+def load_config(model: str | Path, **arguments: Any) -> Any:
+    """A checkpoint's configuration.
+
+    Raises:
+        CheckpointError: there is none, it is broken, or it asks for quantized weights.
+        UnsupportedModel: Transformers does not know the model's type.
+    """
+    if Path(model).is_dir():
+        read_json(Path(model) / "config.json")
+    elif Path(model).is_file() or str(model).startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"the model ({model}) must be a directory with config.json, or a hub id; got no "
+            f"directory. Check the path."
+        )
+    try:
+        config = AutoConfig.from_pretrained(model, **arguments)
+    except StrictDataclassFieldValidationError as error:
+        raise CheckpointError(
+            f"{model}/config.json must hold values of the right types; got: {_first_line(error)}. "
+            f"Fetch the file again."
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(
+            f"the model ({model}) must be of a type that transformers {transformers.__version__} "
+            f"knows; got: {_first_line(error)}. Use a model of a known family."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"the configuration of {model} must be readable; got: {_first_line(error)}. Check the "
+            f"name, the path and the network."
+        ) from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"the weights of {model} must be unquantized; got a quantization_config in its "
+            f"config.json. Quantized checkpoints are not read yet: use the original weights."
+        )
+    return config
+
+
+def load_tokenizer(model: str | Path, **arguments: Any) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it is broken.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **arguments)
+    except Exception as error:  # the tokenizers library raises bare Exceptions on a broken file
+        raise CheckpointError(
+            f"the tokenizer of {model} must be readable; got {type(error).__name__}: "
+            f"{_first_line(error)}. Fetch tokenizer.json and tokenizer_config.json again."
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what Transformers makes of no file
+        raise CheckpointError(
+            f"the tokenizer of {model} must have a vocabulary; got none. Fetch tokenizer.json and "
+            f"tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The device of that name; without a name, the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: the name means nothing. InputError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise ConfigError(
+            f"device ({name!r}) must be cpu, cuda or cuda:N; got an unknown name. Use one of these."
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(
+            f"device ({name}) must be on this machine; got none. Use --device cpu, or install the "
+            f"torch that is built for it."
+        ) from None
+    return device
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the model without memory for its weights.
+
+    Args:
+        config: a Transformers configuration; it is left as it is.
+        dtype: of the weights; the configuration's unless given.
+
+    Raises:
+        CheckpointError: the configuration does not make a model.
+    """
+    build = model_class(config)
+    create = build.from_config if build is AutoModelForCausalLM else build._from_config
+    arguments = {} if dtype is None else {"dtype": dtype}
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = create(copy.deepcopy(config), **arguments)
+    except Exception as error:  # whatever a family's constructor stumbles over
+        raise CheckpointError(
+            f"config.json must describe a model that transformers can build; got "
+            f"{type(error).__name__}: {_first_line(error)}. Fetch config.json again."
+        ) from error
+    return model
+
+
+def check_moe(config: Any) -> None:
+    """Build the model without memory for weights, and see that it has an MoE layer.
+
+    Raises:
+        CheckpointError: it cannot be built.
+        UnsupportedModel: it has none.
+    """
+    empty = empty_model(config)
+    if not any(is_decorated(m) or block_spec(m) is not None for m in empty.modules()):
+        raise UnsupportedModel(
+            f"the model ({type(empty).__name__}) must have an MoE layer; got none. Run it with "
+            f"Transformers alone."
+        )
+
+
+def model_class(config: Any) -> Any:
+    """The class that reads a checkpoint: the one for causal language models, else its own."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    raise UnsupportedModel(
+        f"the model type ({config.model_type!r}) must have a model class in transformers; got none "
+        f"for architectures {getattr(config, 'architectures', None)}. Use another checkpoint."
+    )
+
+
+def _config_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    names = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[:2]).strip().rstrip(".:")

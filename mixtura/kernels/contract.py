@@ -1,0 +1,73 @@
+"""What every experts kernel offers: one contract for all devices, formats and parallel modes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mixtura.config import ExpertsConfig, WeightOn
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+
+
+class ExpertsKernel(ABC):
+    """Runs the routed experts of one rank on a batch of rows.
+
+    Attributes:
+        name: what `--kernel` and `kernel=` call it.
+        has_backward: gradients flow to rows, routing weights and expert weights.
+        is_row_invariant: a row's result does not depend on the rows around it or on the thread
+            count.
+        shares_memory: `pack` returns views of the given weights and frees nothing.
+    """
+
+    name: ClassVar[str]
+    has_backward: ClassVar[bool] = False
+    is_row_invariant: ClassVar[bool] = False
+    shares_memory: ClassVar[bool] = False
+
+    def unsupported(self, problem: ExpertsProblem) -> str | None:
+        """Why this kernel cannot run the problem, or None. Pure: needs no device and no weights."""
+        if problem.needs_grad and not self.has_backward:
+            return "has no backward, and gradients are needed"
+        if problem.is_deterministic and not self.is_row_invariant:
+            return "its rows depend on the batch around them, and deterministic=True was asked for"
+        return self.cannot_run(problem)
+
+    @abstractmethod
+    def cannot_run(self, problem: ExpertsProblem) -> str | None:
+        """The kernel's own limits on device, dtype, scheme, sizes and layout."""
+
+    @abstractmethod
+    def pack(self, weights: ExpertWeights) -> Any:
+        """What the kernel wants in memory, experts first in every tensor."""
+
+    @abstractmethod
+    def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
+        """The inverse of `pack`, bit for bit."""
+
+    @abstractmethod
+    def run(
+        self,
+        packed: Any,
+        batch: ExpertBatch,
+        *,
+        weight_on: WeightOn = WeightOn.OUTPUT,
+        reduce: bool = True,
+    ) -> Tensor:
+        """Run the experts.
+
+        `out[m] = sum over k with id e = local_ids[m,k] >= 0 of weights[m,k] * expert_e(x[m])`,
+        added in fp32 in slot order; with WeightOn.INPUT, `expert_e(weights[m,k] * x[m])`.
+
+        Returns:
+            (M, H) in the rows' dtype; with `reduce=False` the terms (M, K, H) in fp32 (float64 for
+            rows of float64).
+        """
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which terms are weighed and added: fp32, or float64 for rows of float64."""
+    return torch.promote_types(dtype, torch.float32)

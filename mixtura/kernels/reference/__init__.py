@@ -1,0 +1,99 @@
+"""The reference kernel: plain loops in fp32, the meaning of `RoutedExperts`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mixtura.config import ExpertsConfig, GateUp, WeightOn
+from mixtura.kernels.contract import ExpertsKernel, sum_dtype
+from mixtura.kernels.reference.activation import activate, split_gate_up
+from mixtura.kernels.reference.linear import matrix_vector
+from mixtura.kernels.reference.norm import post_norm
+from mixtura.quant.scheme import QuantizedMatrix, dequantize
+from mixtura.types import DENSE, ExpertBatch, ExpertsProblem, ExpertWeights
+
+
+def run_expert(weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
+    """One expert on one row, in the row's dtype: fp32 or float64. (H,) -> (H,)."""
+    config = weights.config
+
+    def project(stack: QuantizedMatrix, bias: Tensor | None, x: Tensor) -> Tensor:
+        y = matrix_vector(dequantize(stack.expert(expert), row.dtype), x)
+        return y if bias is None else y + bias[expert].to(row.dtype)
+
+    gate, up = split_gate_up(
+        project(weights.gate_up_proj, weights.gate_up_bias, row), config.gate_up
+    )
+    if config.gate_up is GateUp.SEPARATE:
+        assert weights.up_proj is not None
+        up = project(weights.up_proj, None, row)
+    hidden = activate(gate, up, config.activation)
+    out = project(weights.down_proj, weights.down_bias, hidden)
+    if config.post_norm is not None:
+        assert weights.post_norm is not None
+        out = post_norm(out, weights.post_norm, config.post_norm, config.post_norm_epsilon)
+    return out
+
+
+class ReferenceKernel(ExpertsKernel):
+    """A loop over rows and slots: slow, differentiable, bitwise independent of batch and threads.
+
+    Rows of float64 are computed in float64, all others in fp32.
+    """
+
+    name: ClassVar[str] = "reference"
+    has_backward: ClassVar[bool] = True
+    is_row_invariant: ClassVar[bool] = True
+    shares_memory: ClassVar[bool] = True
+
+    def cannot_run(self, problem: ExpertsProblem) -> str | None:
+        if problem.needs_grad and problem.scheme != DENSE:
+            return f"has no gradient for weights in the scheme {problem.scheme}"
+        return None
+
+    def pack(self, weights: ExpertWeights) -> ExpertWeights:
+        return weights
+
+    def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
+        assert isinstance(packed, ExpertWeights)
+        return packed
+
+    def run(
+        self,
+        packed: Any,
+        batch: ExpertBatch,
+        *,
+        weight_on: WeightOn = WeightOn.OUTPUT,
+        reduce: bool = True,
+    ) -> Tensor:
+        assert isinstance(packed, ExpertWeights)
+        num_rows, top_k = batch.local_ids.shape
+        rows = batch.hidden_states.to(sum_dtype(batch.hidden_states.dtype))
+        zero = rows.new_zeros(rows.shape[1])
+        terms = []  # M * K rows of (H,)
+        for row, expert_ids in enumerate(batch.local_ids.tolist()):
+            for slot, expert in enumerate(expert_ids):
+                if expert < 0:
+                    terms.append(zero)
+                    continue
+                weight = batch.topk_weights[row, slot].to(rows.dtype)
+                if weight_on is WeightOn.INPUT:
+                    terms.append(run_expert(packed, expert, rows[row] * weight))
+                else:
+                    terms.append(run_expert(packed, expert, rows[row]) * weight)
+        if terms:
+            stacked = torch.stack(terms).view(num_rows, top_k, -1)
+        else:
+            stacked = rows.new_zeros(num_rows, top_k, rows.shape[1])
+        return sum_slots(stacked).to(batch.hidden_states.dtype) if reduce else stacked
+
+
+def sum_slots(terms: Tensor) -> Tensor:
+    """Add the slots one after the other. (M,K,H) -> (M,H)."""
+    total = torch.zeros_like(terms[:, 0])
+    for slot in range(terms.shape[1]):
+        total = total + terms[:, slot]
+    return total

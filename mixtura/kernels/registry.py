@@ -1,0 +1,143 @@
+"""Which kernels exist, and which one runs a problem.
+
+The decision, with every loser's reason, is a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mixtura.errors import ConfigError, NoKernelFits
+from mixtura.kernels.contract import ExpertsKernel
+from mixtura.types import ExpertsProblem
+
+
+def _reference() -> ExpertsKernel:
+    from mixtura.kernels.reference import ReferenceKernel
+
+    return ReferenceKernel()
+
+
+def _torch() -> ExpertsKernel:
+    from mixtura.kernels.torch import TorchKernel
+
+    return TorchKernel()
+
+
+_LOADERS: dict[str, Callable[[], ExpertsKernel]] = {"torch": _torch, "reference": _reference}
+"""Kernels by name, imported when first asked for, in order of preference."""
+
+_LOADED: dict[str, ExpertsKernel] = {}
+"""Kernels that have been asked for; one object each, as experts compare them by identity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A kernel that was not taken, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KernelDecision:
+    """The kernel that runs a problem.
+
+    Attributes:
+        problem: what was asked.
+        kernel: what runs it.
+        rejections: every other kernel with its reason, in the order they were looked at.
+        is_fallback: a kernel that is preferred on this device could not run it.
+    """
+
+    problem: ExpertsProblem
+    kernel: ExpertsKernel
+    rejections: tuple[Rejection, ...]
+    is_fallback: bool
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Names of all kernels, in order of preference."""
+    return tuple(_LOADERS)
+
+
+def register_kernel(name: str, load: Callable[[], ExpertsKernel]) -> None:
+    """Add a kernel in front of the others.
+
+    Args:
+        name: its name; must be new.
+        load: returns the kernel; called once, when kernels are first compared.
+    """
+    if name in _LOADERS:
+        raise ConfigError(
+            f"kernel name ({name!r}) must be new; got one that exists. Choose another."
+        )
+    others = dict(_LOADERS)
+    _LOADERS.clear()
+    _LOADERS.update({name: load, **others})
+
+
+def unregister_kernel(name: str) -> None:
+    """Take a kernel out again; layers that hold it keep it."""
+    _LOADERS.pop(name, None)
+    _LOADED.pop(name, None)
+
+
+def _load(name: str) -> ExpertsKernel:
+    if name not in _LOADED:
+        _LOADED[name] = _LOADERS[name]()
+    return _LOADED[name]
+
+
+def get_kernel(name: str) -> ExpertsKernel:
+    """The kernel of that name; the error lists the names."""
+    if name not in _LOADERS:
+        raise ConfigError(
+            f"kernel ({name!r}) must be one of {', '.join(_LOADERS)}; got an unknown name. Use one "
+            f"of these."
+        )
+    return _load(name)
+
+
+def select_kernel(
+    problem: ExpertsProblem, *, kernel: str | None = None, strict: bool = False
+) -> KernelDecision:
+    """Choose the first kernel, in order of preference, that can run the problem.
+
+    Args:
+        problem: what is to be run.
+        kernel: insist on this one.
+        strict: an error instead of a kernel that is not the preferred one.
+
+    Raises:
+        ConfigError: the name is unknown.
+        NoKernelFits: none can run it, or not the one insisted on; the message gives every reason.
+    """
+    if kernel is not None:
+        get_kernel(kernel)  # an unknown name is an error of its own
+    taken: ExpertsKernel | None = None
+    rejections: list[Rejection] = []
+    is_fallback = False
+    for name in _LOADERS:
+        candidate = _load(name)
+        reason = candidate.unsupported(problem)
+        if reason is None and kernel not in (None, name):
+            reason = f"kernel={kernel!r} was asked for"
+        if reason is None and taken is not None:
+            reason = f"{taken.name} is preferred"
+        if reason is None:
+            taken = candidate
+        else:
+            is_fallback = is_fallback or (taken is None and kernel is None)
+            rejections.append(Rejection(name, reason))
+    if taken is None or (strict and is_fallback):
+        lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in rejections)
+        asked = f"kernel ({kernel!r})" if kernel else "a kernel"
+        kind = "the preferred kernel under strict=True" if taken is not None else asked
+        raise NoKernelFits(
+            f"{kind} must be able to run experts of {problem.weight_dtype} weights (scheme "
+            f"{problem.scheme}) on {problem.device}; got:{lines}\nChange what the reasons name, or "
+            f"choose another kernel or drop strict."
+        )
+    return KernelDecision(problem, taken, tuple(rejections), is_fallback)

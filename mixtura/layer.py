@@ -1,0 +1,233 @@
+"""`FusedMoE`: one Mixture-of-Experts layer. Read `forward`, then `runner/schedule.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mixtura.config import MoEConfig, SharedExpertsOrder
+from mixtura.dispatch import Dispatcher, LocalDispatcher
+from mixtura.errors import InputError
+from mixtura.experts import (
+    ExpertsOptions,
+    PackedExperts,
+    RoutedExperts,
+    SharedExperts,
+    SharedTask,
+    check_rows,
+)
+from mixtura.kernels.reference.linear import linear_by_row
+from mixtura.routing import CustomRouting, Router, RouterTensors, router_for
+from mixtura.routing.gate import Choice, Gate, GatePlan
+from mixtura.runner import LayerOutput, MoERunner, create_runner
+from mixtura.types import ExpertBatch, ExpertWeights, Routing, RoutingObserver, TokenInputs
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Everything of a layer that holds no parameters."""
+
+    config: MoEConfig
+    router: Router
+    runner: MoERunner
+    dispatcher: Dispatcher
+
+
+class FusedMoE(nn.Module):
+    """Gate, router, dispatch, routed experts, combine, shared experts: one answer everywhere.
+
+    Args:
+        config: what the layer is.
+        weights: quantized weights of the experts; without them they are parameters.
+        kernel: insist on an experts kernel by name.
+        strict: an error where the device's preferred kernel cannot run.
+        custom_routing: a function that chooses and weighs, instead of the configured pipeline.
+        dispatcher: where tokens meet their experts; on this rank by default.
+        device, dtype: of new, uninitialised parameters.
+
+    Example:
+        >>> from mixtura import ExpertsConfig, MoEConfig, RoutingConfig
+        >>> config = MoEConfig(
+        ...     hidden_size=8,
+        ...     routing=RoutingConfig(num_experts=4, top_k=2),
+        ...     experts=ExpertsConfig(num_experts=4, hidden_size=8, intermediate_size=16),
+        ... )
+        >>> layer = FusedMoE(config)
+        >>> _ = [nn.init.normal_(p, std=0.1) for p in layer.parameters()]
+        >>> layer(torch.randn(3, 8)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        weights: ExpertWeights | None = None,
+        kernel: str | None = None,
+        strict: bool = False,
+        custom_routing: CustomRouting | None = None,
+        dispatcher: Dispatcher | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.plan = LayerPlan(
+            config,
+            router_for(config.routing, custom=custom_routing),
+            create_runner(config.runner),
+            dispatcher if dispatcher is not None else LocalDispatcher(),
+        )
+        self.observers: tuple[RoutingObserver, ...] = ()
+        self.gate = Gate(
+            GatePlan(self.plan.router, config.gate, config.deterministic, config.debug),
+            config.hidden_size,
+            has_bias=config.has_gate_bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.experts = RoutedExperts(
+            config.experts,
+            weights=weights,
+            options=ExpertsOptions(
+                kernel=kernel,
+                strict=strict,
+                deterministic=config.deterministic,
+                weight_on=config.routing.weight_on,
+            ),
+            device=device,
+            dtype=dtype,
+        )
+        if config.shared is not None:
+            self.shared_experts = SharedExperts(
+                config.shared,
+                config.hidden_size,
+                is_row_invariant=config.deterministic,
+                device=device,
+                dtype=dtype,
+            )
+            if config.shared.has_sigmoid_gate:
+                self.shared_expert_gate = nn.Linear(
+                    config.hidden_size, 1, bias=False, device=device, dtype=dtype
+                )
+        if config.has_latent:
+            sizes = (config.hidden_size, config.experts.hidden_size)
+            self.latent_in = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
+            self.latent_out = nn.Linear(*sizes[::-1], bias=False, device=device, dtype=dtype)
+
+    def forward(
+        self, hidden_states: Tensor, tokens: TokenInputs | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Send tokens through the layer.
+
+        Args:
+            hidden_states: (..., H) in the layer's dtype; leading dimensions are tokens.
+            tokens: what tokens bring along, one row per token.
+
+        Returns:
+            (..., H) like the input; with external shared experts, (shared, routed).
+
+        Raises:
+            InputError: wrong width, device or dtype; token inputs of another length; with `debug`,
+                NaN.
+        """
+        check_rows(hidden_states, self.gate.weight.device.type, self._linear_dtype)
+        output = self.run(hidden_states.reshape(-1, hidden_states.shape[-1]), tokens)
+        routed = output.hidden_states.view(hidden_states.shape)
+        if output.shared is None:
+            return routed
+        return output.shared.view(hidden_states.shape), routed
+
+    def run(self, hidden_states: Tensor, tokens: TokenInputs | None = None) -> LayerOutput:
+        """(T,H) -> `LayerOutput`; the runner drives the schedule over the parts below."""
+        if hidden_states.shape[1] != self.moe_config.hidden_size:
+            raise InputError(
+                f"hidden_states ({tuple(hidden_states.shape)}) must have "
+                f"{self.moe_config.hidden_size} columns; got {hidden_states.shape[1]}. Check the "
+                f"model's hidden size."
+            )
+        tokens = tokens if tokens is not None else TokenInputs()
+        tokens.check(hidden_states.shape[0])
+        return self.plan.runner.run(self, hidden_states, tokens)
+
+    def route(self, hidden_states: Tensor, tokens: TokenInputs) -> Routing:
+        """Choose experts: gate, router, observers. (T,H) -> `Routing`."""
+        return self.finish_routing(self.gate(hidden_states, tokens), tokens, self.gate.tensors())
+
+    def finish_routing(
+        self, choice: Choice, tokens: TokenInputs, tensors: RouterTensors
+    ) -> Routing:
+        """Show the choice to the observers, then turn no-compute experts into -1 and a bypass."""
+        for observe in self.observers:
+            observe(choice.ids, choice.weights)
+        routing = self.plan.router.finish(choice.weights, choice.ids, tokens, tensors)
+        routing = replace(routing, router_logits=choice.logits)
+        if self.moe_config.debug:
+            check_ids(routing.topk_ids, self.moe_config.experts.num_experts)
+        return routing
+
+    def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:
+        """Start the shared experts on (T,H) rows."""
+        gate = self.shared_expert_gate.weight if self._has_shared_gate else None
+        return self.shared_experts.start(hidden_states, gate, order)
+
+    def enter_experts(self, hidden_states: Tensor) -> Tensor:
+        """Into the experts' width: (T,H) -> (T, experts.hidden_size)."""
+        if self.moe_config.has_latent:
+            return self._project(self.latent_in, hidden_states)
+        return hidden_states
+
+    def leave_experts(self, routed: Tensor) -> Tensor:
+        """Back to the layer's width, scaled where the scale belongs to the output."""
+        if self.moe_config.has_latent:
+            routed = self._project(self.latent_out, routed)
+        scale = self.moe_config.routing.output_scale
+        return routed * scale if scale != 1.0 else routed
+
+    def run_experts(self, batch: ExpertBatch) -> Tensor:
+        """Run this rank's experts on the rows of `batch`. -> (M,H)."""
+        return self.experts.run_batch(batch)
+
+    @property
+    def moe_config(self) -> MoEConfig:
+        """What the layer is."""
+        return self.plan.config
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Where tokens meet their experts."""
+        return self.plan.dispatcher
+
+    def _project(self, linear: nn.Linear, rows: Tensor) -> Tensor:
+        if self.moe_config.deterministic:
+            return linear_by_row(rows, linear.weight)
+        out: Tensor = linear(rows)
+        return out
+
+    @property
+    def _linear_dtype(self) -> torch.dtype | None:
+        """The dtype of the linear maps that rows meet before the experts; None without any."""
+        if self.moe_config.has_latent:
+            return self.latent_in.weight.dtype
+        if self.moe_config.shared is not None:
+            return self.shared_experts.up_proj.weight.dtype
+        return None
+
+    @property
+    def _has_shared_gate(self) -> bool:
+        return self.moe_config.shared is not None and self.moe_config.shared.has_sigmoid_gate
+
+
+def check_ids(ids: Tensor, num_experts: int) -> None:
+    """Raise `InputError` where an id is outside [-1, num_experts). Synchronises with the device."""
+    if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= num_experts):
+        raise InputError(
+            f"expert ids must be in [-1, {num_experts}); got {int(ids.min())} to {int(ids.max())}. "
+            f"Check the router or the replayed ids."
+        )
+
+
+def is_moe_layer(module: nn.Module) -> bool:
+    """Whether a module is one of our MoE layers or sets of routed experts."""
+    return isinstance(module, (FusedMoE, PackedExperts))

@@ -1,0 +1,119 @@
+"""Meets Transformers: the versions we speak to, and the experts function, without importing it.
+
+After `import mixtura`, `from_pretrained(path, experts_implementation="mixtura")` of Transformers
+finds our experts. Registering them needs Transformers, and importing that takes seconds, which
+`mixtura --help` and a program that only wants `mixtura.config` would pay for nothing. So
+`offer_experts` registers at once where Transformers is already there, and otherwise waits for its
+import of `EXPERTS_MODULE`. The name stands for a function that fetches the true one at its first
+call, when everything has been imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from mixtura.errors import MissingDependency
+
+LOWEST, BELOW = (5, 23), (5, 24)
+"""Supported: LOWEST <= version < BELOW. The experts interface and the EP hooks changed in the
+releases before."""
+
+NAME = "mixtura"
+"""What the experts function is called in Transformers."""
+
+EXPERTS_MODULE = "transformers.integrations.moe"
+"""The module of Transformers that holds the table of experts functions."""
+
+
+def transformers_version() -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_supported(version: str | None) -> bool:
+    """Whether a version string lies in the window."""
+    if version is None:
+        return False
+    parts = version.split(".")
+    try:
+        return LOWEST <= (int(parts[0]), int(parts[1])) < BELOW
+    except (ValueError, IndexError):
+        return False
+
+
+def window() -> str:
+    """The supported versions, as pip spells them."""
+    return f">={LOWEST[0]}.{LOWEST[1]},<{BELOW[0]}.{BELOW[1]}"
+
+
+def missing_transformers(version: str | None) -> MissingDependency:
+    """The error of every Transformers call outside the window."""
+    return MissingDependency(
+        f"transformers ({version or 'not installed'}) must be {window()}; got another. "
+        f"pip install 'transformers{window()}'."
+    )
+
+
+def offer_experts() -> None:
+    """Register the experts function, now or when Transformers is imported; never out of window."""
+    loaded = sys.modules.get(EXPERTS_MODULE)
+    if loaded is not None:
+        _register(loaded)
+    elif not any(isinstance(finder, _ExpertsModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ExpertsModuleFinder())
+
+
+def _register(module: ModuleType) -> None:
+    if is_supported(transformers_version()):
+        module.ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
+
+
+def _experts_forward(*args: Any, **kwargs: Any) -> Any:
+    from mixtura.hf.experts import experts_forward  # noqa: PLC0415 - it replaces this one
+
+    return experts_forward(*args, **kwargs)
+
+
+class _ExpertsModuleFinder(MetaPathFinder):
+    """Sees the import of `EXPERTS_MODULE` once; the other finders do it, and we register after."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Nothing, but for one module the others' spec with a step added behind its loading."""
+        if fullname != EXPERTS_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(Loader):
+    """A module's own loader, and the registration after it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the module's own loader does."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module, give it its own loader back, and register."""
+        spec = module.__spec__
+        assert spec is not None
+        module.__loader__ = spec.loader = self.loader
+        self.loader.exec_module(module)
+        _register(module)

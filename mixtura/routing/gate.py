@@ -1,0 +1,200 @@
+"""The gate: hidden states -> router logits, in fp32 unless a family's own arithmetic is asked
+for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixtura.config import (
+    GatePrecision,
+    NoComputeKind,
+    SelectionBias,
+    Simulation,
+)
+from mixtura.errors import InputError
+from mixtura.routing.routers import Router, RouterTensors
+from mixtura.types import TokenInputs
+
+ROW_INVARIANT_BLOCK = 64
+"""Rows whose products with the gate are held at once where each row must round alike."""
+
+
+def gate_logits(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    is_fp32: bool,
+    is_row_invariant: bool = False,
+) -> Tensor:
+    """`hidden_states @ weight.T + bias`. (T,H), (E,H), (E,) -> (T,E).
+
+    Args:
+        is_fp32: in fp32, else in the dtype of the hidden states.
+        is_row_invariant: as products and a sum per row, so that a row's logits are bitwise the
+            same in any batch and with any number of threads.
+    """
+    if is_fp32:
+        hidden_states, weight = hidden_states.float(), weight.float()
+        bias = bias.float() if bias is not None else None
+    else:
+        weight = weight.to(hidden_states.dtype)
+        bias = bias.to(hidden_states.dtype) if bias is not None else None
+    if not is_row_invariant:
+        return F.linear(hidden_states, weight, bias)
+    parts = [
+        (block.unsqueeze(1) * weight).sum(-1)
+        for block in torch.split(hidden_states, ROW_INVARIANT_BLOCK)
+    ]
+    logits = torch.cat(parts) if parts else hidden_states.new_zeros(0, weight.shape[0])
+    return logits if bias is None else logits + bias
+
+
+class Choice(NamedTuple):
+    """What a gate and its router make of hidden states.
+
+    Attributes:
+        logits: (T, num_logits), fp32 or, native, the family's dtype.
+        weights: (T, K). ids: (T, K) int64, no-compute experts included.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GatePlan:
+    """How hidden states are scored and experts chosen; everything of a gate that holds no
+    parameters.
+
+    Attributes:
+        router: chooses and weighs.
+        precision: fp32, or the family's own arithmetic.
+        deterministic: a row's logits do not depend on the batch.
+        debug: NaN logits are an error.
+    """
+
+    router: Router
+    precision: GatePrecision = GatePrecision.FP32
+    deterministic: bool = False
+    debug: bool = False
+
+    def choose(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: RouterTensors,
+        tokens: TokenInputs,
+    ) -> Choice:
+        """Score (T,H) rows with `weight` (num_logits, H) and choose K experts for each.
+
+        Raises:
+            InputError: with `debug`, NaN logits.
+        """
+        is_native = self.precision is GatePrecision.NATIVE
+        native = self.router.config.native
+        logits = gate_logits(
+            hidden_states,
+            weight,
+            bias,
+            is_fp32=not is_native or native.fp32_logits,
+            is_row_invariant=self.deterministic,
+        )
+        if self.debug and bool(logits.isnan().any()):
+            rows = logits.isnan().any(-1).nonzero().flatten().tolist()
+            raise InputError(
+                f"router logits of tokens {rows[:8]} must be numbers; got NaN. Look at the layers "
+                f"before this one."
+            )
+        scored = logits if is_native and not native.fp32_scores else logits.float()
+        weights, ids = self.router.select(scored, tokens, tensors)
+        if is_native and not native.fp32_weights:
+            weights = weights.to(hidden_states.dtype)
+        return Choice(logits, weights, ids)
+
+
+class Gate(nn.Module):
+    """The gate's linear map, what the router has learned beside it, and the router.
+
+    Parameters and buffers: `weight` (num_logits, H), `bias` (num_logits,), `selection_bias`,
+    `per_expert_scale`, `hash_table`, `constants`, `replayed_ids`; those that the rule does not ask
+    for are None.
+
+    Args:
+        plan: the router and its arithmetic.
+        hidden_size: H.
+        has_bias: the linear map has a bias.
+        device, dtype: of new parameters. The weight is uninitialised, the rest neutral.
+    """
+
+    bias: Tensor | None
+    selection_bias: Tensor | None
+    per_expert_scale: Tensor | None
+    hash_table: Tensor | None
+    constants: Tensor | None
+    replayed_ids: Tensor | None
+
+    def __init__(
+        self,
+        plan: GatePlan,
+        hidden_size: int,
+        *,
+        has_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        config = plan.router.config
+        rows = config.num_logits
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if has_bias else None,
+        )
+        kind = config.no_compute.kind if config.no_compute else None
+        replays = config.simulation is not None and config.simulation.kind is Simulation.REPLAY
+        neutral: dict[str, Tensor | None] = {
+            "selection_bias": torch.zeros(config.num_choices, device=device)
+            if config.selection_bias is not SelectionBias.NONE
+            else None,
+            "per_expert_scale": torch.ones(config.num_experts, device=device)
+            if config.per_expert_scale
+            else None,
+            "constants": torch.zeros(
+                config.no_compute.count, hidden_size, device=device, dtype=dtype
+            )
+            if config.no_compute and kind is NoComputeKind.CONSTANT
+            else None,
+            "hash_table": torch.zeros(1, config.top_k, dtype=torch.int32, device=device)
+            if config.hash_routing
+            else None,
+            "replayed_ids": torch.zeros(1, config.top_k, dtype=torch.int32, device=device)
+            if replays
+            else None,
+        }
+        for name, value in neutral.items():
+            self.register_buffer(name, value)
+
+    def tensors(self) -> RouterTensors:
+        """What the router needs besides the logits."""
+        return RouterTensors(
+            selection_bias=self.selection_bias,
+            per_expert_scale=self.per_expert_scale,
+            hash_table=self.hash_table,
+            constants=self.constants,
+            replayed_ids=self.replayed_ids,
+        )
+
+    def forward(self, hidden_states: Tensor, tokens: TokenInputs | None = None) -> Choice:
+        """Choose experts for (T,H) rows."""
+        return self.plan.choose(
+            hidden_states, self.weight, self.bias, self.tensors(), tokens or TokenInputs()
+        )

@@ -1,0 +1,106 @@
+"""The order of things for one batch of tokens: a generator.
+
+It yields where another batch may run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mixtura.config import MoEConfig, SharedExpertsOrder
+from mixtura.dispatch import Dispatcher
+from mixtura.experts import SharedTask, shared_experts_order
+from mixtura.types import ExpertBatch, Full, Routing, TokenInputs
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutput:
+    """What a layer gives back.
+
+    Attributes:
+        hidden_states: (T,H).
+        routing: the choice of experts it was made with.
+        shared: (T,H) of the shared experts, apart only when EXTERNAL.
+    """
+
+    hidden_states: Tensor
+    routing: Routing
+    shared: Tensor | None = None
+
+
+class LayerParts(Protocol):
+    """What a schedule needs of a layer: the *what*; the schedule is the *when*."""
+
+    @property
+    def moe_config(self) -> MoEConfig: ...
+
+    @property
+    def dispatcher(self) -> Dispatcher: ...
+
+    def route(self, hidden_states: Tensor, tokens: TokenInputs) -> Routing: ...
+
+    def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask: ...
+
+    def enter_experts(self, hidden_states: Tensor) -> Tensor: ...
+
+    def run_experts(self, batch: ExpertBatch) -> Tensor: ...
+
+    def leave_experts(self, routed: Tensor) -> Tensor: ...
+
+
+Schedule = Iterator[LayerOutput | None]
+"""Yields None where another batch may run, and the output at its end."""
+
+
+def one_batch(layer: LayerParts, hidden_states: Tensor, tokens: TokenInputs) -> Schedule:
+    """Send one batch (T,H) through a layer; other batches may run at the yields.
+
+    Sum: `scale * leave(combine(experts(dispatch(enter(x)))) + bypass) + shared`, each term once.
+    """
+    order = shared_experts_order(
+        layer.moe_config.shared,
+        device_type=hidden_states.device.type,
+        num_tokens=hidden_states.shape[0],
+        is_remote=layer.dispatcher.is_remote,
+        is_tracing=torch.compiler.is_compiling(),
+    )
+    shared: SharedTask | None = None
+    if order in (SharedExpertsOrder.MULTI_STREAM_OVERLAPPED, SharedExpertsOrder.EXTERNAL):
+        shared = layer.start_shared(hidden_states, order)
+    routing = layer.route(hidden_states, tokens)
+    if order is SharedExpertsOrder.NO_OVERLAP:
+        shared = layer.start_shared(hidden_states, order)
+
+    expert_input = layer.enter_experts(hidden_states)
+    dispatched = layer.dispatcher.dispatch(expert_input, routing)
+    yield None
+    arrived = dispatched.wait()
+    rows = layer.run_experts(arrived.batch)
+    combined = layer.dispatcher.combine(rows, arrived.handle)
+    if order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
+        shared = layer.start_shared(hidden_states, order)
+    yield None
+    routed = combined.wait()
+    assert isinstance(routed, Full)
+    out = routed.tensor
+    if routing.bypass is not None:
+        out = routing.bypass.apply(out, expert_input)
+    out = layer.leave_experts(out)
+    if shared is None:
+        yield LayerOutput(out, routing)
+    elif order is SharedExpertsOrder.EXTERNAL:
+        yield LayerOutput(out, routing, shared.result())
+    else:
+        yield LayerOutput(out + shared.result(), routing)
+
+
+def run_to_end(schedule: Schedule) -> LayerOutput:
+    """Run one schedule with nothing in between."""
+    *_, output = schedule
+    assert output is not None
+    return output

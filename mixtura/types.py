@@ -1,0 +1,289 @@
+"""Frozen nouns that pass between rooms.
+
+T tokens, K slots per token, E logical experts, L local experts, M rows a rank works on, H hidden
+size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtura.config import ExpertsConfig, GateUp, WeightOn
+from mixtura.errors import ConfigError, InputError
+from mixtura.quant.scheme import QuantizedMatrix
+
+DENSE = "dense"
+"""The scheme's name in an `ExpertsProblem` whose weights are not quantized."""
+
+
+RoutingObserver = Callable[[Tensor, Tensor], None]
+"""Called with ids (T,K) as the router chose them, no-compute experts too, and weights (T,K)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInputs:
+    """What a token brings along besides its hidden state; every runner slices it with the tokens.
+
+    Attributes:
+        input_ids: (T,) integer token ids, needed by hash routing.
+        replayed_ids: (T, K) int32 expert ids that replace the router's choice.
+        padding_mask: (T,) bool, True for a real token; a padding token's slots are all -1.
+    """
+
+    input_ids: Tensor | None = None
+    replayed_ids: Tensor | None = None
+    padding_mask: Tensor | None = None
+
+    def slice(self, start: int, stop: int) -> TokenInputs:
+        """The same inputs for tokens start .. stop - 1."""
+        return TokenInputs(*(None if part is None else part[start:stop] for part in self._parts()))
+
+    def check(self, num_tokens: int) -> None:
+        """Raise `InputError` unless every part speaks of `num_tokens` tokens."""
+        dims = {"input_ids": 1, "replayed_ids": 2, "padding_mask": 1}
+        for (name, ndim), part in zip(dims.items(), self._parts(), strict=True):
+            if part is not None and (part.ndim != ndim or part.shape[0] != num_tokens):
+                wanted = "(tokens,)" if ndim == 1 else "(tokens, top_k)"
+                raise InputError(
+                    f"{name} ({tuple(part.shape)}) must be {wanted}, one row per token; got "
+                    f"{num_tokens} tokens. Flatten it as the hidden states are."
+                )
+
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return (self.input_ids, self.replayed_ids, self.padding_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """What no-compute experts add to a token's output, once, on the token's own rank.
+
+    Attributes:
+        identity_weight: (T,) fp32, the summed weight of identity experts.
+        constant_ids: (T, K) int64 rows of `constants`; 0 where a slot is none of them.
+        constant_weights: (T, K) fp32, 0 where a slot is no constant expert.
+        constants: (C, H).
+    """
+
+    identity_weight: Tensor | None = None
+    constant_ids: Tensor | None = None
+    constant_weights: Tensor | None = None
+    constants: Tensor | None = None
+
+    def apply(self, routed: Tensor, hidden_states: Tensor) -> Tensor:
+        """`routed + identity_weight * hidden_states + sum_k constant_weights[k] * constants[k]`.
+
+        The sum is in fp32 (float64 for rows of float64), slot by slot: a token's does not depend on
+        the batch.
+        """
+        total = routed.to(torch.promote_types(routed.dtype, torch.float32))
+        if self.identity_weight is not None:
+            total = total + self.identity_weight.unsqueeze(1) * hidden_states.to(total.dtype)
+        if self.constants is not None:
+            assert self.constant_ids is not None and self.constant_weights is not None
+            constants = self.constants.to(total.dtype)
+            for ids, weights in zip(
+                self.constant_ids.unbind(1), self.constant_weights.unbind(1), strict=True
+            ):
+                total = total + weights.unsqueeze(1) * constants[ids]
+        return total.to(routed.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts a token visits and with what weight.
+
+    Attributes:
+        topk_ids: (T, K) int32 logical expert ids; -1 is a slot without an expert.
+        topk_weights: (T, K) fp32; 0 where the id is -1.
+        bypass: what no-compute experts add, or None.
+        router_logits: (T, num_logits) that the choice was made from, where a layer made it.
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    bypass: Bypass | None = None
+    router_logits: Tensor | None = None
+
+    @staticmethod
+    def concatenate(parts: Sequence[Routing]) -> Routing:
+        """The routing of consecutive batches of tokens as one; their bypass has been applied."""
+        logits = [part.router_logits for part in parts if part.router_logits is not None]
+        return Routing(
+            torch.cat([part.topk_ids for part in parts]),
+            torch.cat([part.topk_weights for part in parts]),
+            router_logits=torch.cat(logits) if logits else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBatch:
+    """Rows for the experts of this rank; closed under dispatch, so every kernel has one contract.
+
+    Attributes:
+        hidden_states: (M, H).
+        local_ids: (M, K) int32 slots on this rank; -1 is not here, or no expert.
+        topk_weights: (M, K) fp32.
+    """
+
+    hidden_states: Tensor
+    local_ids: Tensor
+    topk_weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The weights of this rank's experts: tensors and their schemes, experts first, outputs next.
+
+    A transposed storage is a transposed view here: kernels see one orientation, and its strides.
+
+    Attributes:
+        config: sizes and layout; `config.num_experts` is L here.
+        gate_up_proj: (L, 2I, H) stack; (L, I, H), the gate where there is `up_proj`, else the up
+            projection of ungated experts.
+        down_proj: (L, H, I) stack.
+        up_proj: (L, I, H) stack where gate and up are separate tensors, else None.
+        gate_up_bias: (L, 2I) or None. down_bias: (L, H) or None.
+        post_norm: (H,) or None.
+    """
+
+    config: ExpertsConfig
+    gate_up_proj: QuantizedMatrix
+    down_proj: QuantizedMatrix
+    up_proj: QuantizedMatrix | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    post_norm: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        c = self.config
+        up = (c.num_experts, c.up_size, c.hidden_size)
+        expected = {
+            "gate_up_proj": up,
+            "down_proj": (c.num_experts, c.hidden_size, c.intermediate_size),
+            "up_proj": up if c.gate_up is GateUp.SEPARATE else None,
+            "gate_up_bias": up[:2] if c.has_bias else None,
+            "down_bias": (c.num_experts, c.hidden_size) if c.has_bias else None,
+            "post_norm": (c.hidden_size,) if c.post_norm is not None else None,
+        }
+        for name, shape in expected.items():
+            part: Any = getattr(self, name)
+            got = None if part is None else tuple(part.shape)
+            if got != shape:
+                raise ConfigError(
+                    f"{name} ({got}) must have the shape that the experts' configuration gives; "
+                    f"got {shape} from it. Correct the configuration or the tensor."
+                )
+        devices = {str(t.device) for t in self.tensors()}
+        if len(devices) > 1:
+            raise InputError(
+                f"the experts' tensors must be on one device; got {sorted(devices)}. Move them "
+                f"together."
+            )
+
+    def projections(self) -> tuple[QuantizedMatrix, ...]:
+        """The weight matrices, gate first."""
+        found = (self.gate_up_proj, self.up_proj, self.down_proj)
+        return tuple(part for part in found if part is not None)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor, for identity checks and byte counts."""
+        parts = (self.gate_up_bias, self.down_bias, self.post_norm)
+        found = [part for part in parts if part is not None]
+        for matrix in self.projections():
+            found += matrix.tensors.values()
+        return tuple(found)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
+        """The same weights with every tensor changed; shapes and dtypes must stay."""
+
+        def matrix(old: QuantizedMatrix) -> QuantizedMatrix:
+            changed: dict[str, Any] = {name: change(part) for name, part in old.tensors.items()}
+            return replace(old, **changed)
+
+        def tensor(old: Tensor | None) -> Tensor | None:
+            return None if old is None else change(old)
+
+        return replace(
+            self,
+            gate_up_proj=matrix(self.gate_up_proj),
+            down_proj=matrix(self.down_proj),
+            up_proj=None if self.up_proj is None else matrix(self.up_proj),
+            gate_up_bias=tensor(self.gate_up_bias),
+            down_bias=tensor(self.down_bias),
+            post_norm=tensor(self.post_norm),
+        )
+
+    @property
+    def scheme(self) -> str:
+        """The name of the projections' scheme, `DENSE` when unquantized; both if they differ."""
+        names = [str(m.scheme) if m.is_quantized else DENSE for m in self.projections()]
+        return " and ".join(dict.fromkeys(names))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.gate_up_proj.values.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.numel() * part.element_size() for part in self.tensors())
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsProblem:
+    """What a kernel is asked to run; kernels say from this alone whether they can.
+
+    Attributes:
+        experts: sizes, activation and layout.
+        scheme: the name of the weights' scheme, `DENSE` when unquantized.
+        weight_dtype, activation_dtype: dtypes of the stored values and of the hidden states.
+        device: "cpu", "cuda", ...
+        weight_on: where the routing weight applies.
+        needs_grad: gradients must flow.
+        is_deterministic: a row's result may not depend on the batch around it.
+    """
+
+    experts: ExpertsConfig
+    scheme: str
+    weight_dtype: torch.dtype
+    activation_dtype: torch.dtype
+    device: str
+    weight_on: WeightOn = WeightOn.OUTPUT
+    needs_grad: bool = False
+    is_deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """An output that is complete on this rank."""
+
+    tensor: Tensor
+
+    def __add__(self, other: Full) -> Full:
+        if not isinstance(other, Full):
+            raise TypeError(
+                f"Full must be added to Full; got {type(other).__name__}. Reduce it first."
+            )
+        return Full(self.tensor + other.tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """An output that must still be summed over `group`."""
+
+    tensor: Tensor
+    group: Any
+
+    def __add__(self, other: Partial) -> Partial:
+        if not isinstance(other, Partial) or other.group is not self.group:
+            raise TypeError(
+                f"Partial must be added to Partial of one group; got {type(other).__name__}. "
+                f"Reduce first."
+            )
+        return Partial(self.tensor + other.tensor, self.group)
