@@ -36,6 +36,7 @@ from mixtura.kernels import (
     get_kernel,
     kernel_names,
     register_kernel,
+    registry,
     select_kernel,
     unregister_kernel,
 )
@@ -536,7 +537,14 @@ class FakeKernel(TorchKernel):
 
 
 @pytest.fixture
-def fake_kernel() -> Any:
+def two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry of a machine on which only torch and the reference are built."""
+    loaders = {name: registry._LOADERS[name] for name in ("torch", "reference")}
+    monkeypatch.setattr(registry, "_LOADERS", loaders)
+
+
+@pytest.fixture
+def fake_kernel(two_kernels: None) -> Any:
     """Registers `FakeKernel` in front, and takes it out again."""
     loaded: list[FakeKernel] = []
 
@@ -549,7 +557,7 @@ def fake_kernel() -> Any:
     unregister_kernel("fake")
 
 
-def test_the_decision_lists_every_other_kernel_with_a_reason():
+def test_the_decision_lists_every_other_kernel_with_a_reason(two_kernels):
     decision = select_kernel(problem_of(sizes()))
     assert decision.kernel.name == "torch"
     assert decision.rejections == (Rejection("reference", "torch is preferred"),)
@@ -557,7 +565,7 @@ def test_the_decision_lists_every_other_kernel_with_a_reason():
     assert decision.problem == problem_of(sizes())
 
 
-def test_insisting_on_a_kernel():
+def test_insisting_on_a_kernel(two_kernels):
     decision = select_kernel(problem_of(sizes()), kernel="reference")
     assert decision.kernel is get_kernel("reference")
     assert decision.rejections == (Rejection("torch", "kernel='reference' was asked for"),)
@@ -565,12 +573,12 @@ def test_insisting_on_a_kernel():
     assert select_kernel(problem_of(sizes()), kernel="reference", strict=True) == decision
 
 
-def test_an_unknown_kernel_is_named_with_the_choices():
+def test_an_unknown_kernel_is_named_with_the_choices(two_kernels):
     with pytest.raises(ConfigError, match=r"kernel \('torhc'\) must be one of torch, reference"):
         select_kernel(problem_of(sizes()), kernel="torhc")
 
 
-def test_deterministic_takes_the_row_invariant_kernel():
+def test_deterministic_takes_the_row_invariant_kernel(two_kernels):
     decision = select_kernel(problem_of(sizes(), is_deterministic=True))
     assert decision.kernel.name == "reference"
     assert decision.is_fallback
@@ -622,7 +630,17 @@ def test_strict_refuses_a_fallback(fake_kernel, monkeypatch):
     assert "drop strict" in str(caught.value)
 
 
-def test_strict_takes_the_preferred_kernel():
+def test_a_kernel_for_another_device_is_passed_over(fake_kernel, monkeypatch):
+    monkeypatch.setattr(FakeKernel, "devices", ("cuda",))
+    decision = select_kernel(problem_of(sizes()), strict=True)
+    assert decision.kernel.name == "torch"
+    assert not decision.is_fallback
+    assert decision.rejections[0].reason == "is for cuda, and the experts are on cpu"
+    with pytest.raises(NoKernelFits, match="fake: is for cuda"):
+        select_kernel(problem_of(sizes()), kernel="fake")
+
+
+def test_strict_takes_the_preferred_kernel(two_kernels):
     assert select_kernel(problem_of(sizes()), strict=True).kernel.name == "torch"
 
 
@@ -650,7 +668,7 @@ def test_a_name_is_registered_once(fake_kernel):
         register_kernel("torch", FakeKernel)
 
 
-def test_unregister_takes_one_kernel_out_and_leaves_the_others():
+def test_unregister_takes_one_kernel_out_and_leaves_the_others(two_kernels):
     torch_kernel = get_kernel("torch")
     register_kernel("fake", FakeKernel)
     fake = get_kernel("fake")

@@ -20,21 +20,31 @@ class ExpertsKernel(ABC):
         has_backward: gradients flow to rows, routing weights and expert weights.
         is_row_invariant: a row's result does not depend on the rows around it or on the thread
             count.
+        devices: types of device it is written for; None for any that torch has. Elsewhere it is
+            passed over without counting as the preferred kernel.
         shares_memory: `pack` returns views of the given weights and frees nothing.
     """
 
     name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...] | None] = None
     has_backward: ClassVar[bool] = False
     is_row_invariant: ClassVar[bool] = False
     shares_memory: ClassVar[bool] = False
 
     def unsupported(self, problem: ExpertsProblem) -> str | None:
         """Why this kernel cannot run the problem, or None. Pure: needs no device and no weights."""
+        if not self.is_for(problem.device):
+            devices = " and ".join(self.devices or ())
+            return f"is for {devices}, and the experts are on {problem.device}"
         if problem.needs_grad and not self.has_backward:
             return "has no backward, and gradients are needed"
         if problem.is_deterministic and not self.is_row_invariant:
             return "its rows depend on the batch around them, and deterministic=True was asked for"
         return self.cannot_run(problem)
+
+    def is_for(self, device: str) -> bool:
+        """Whether the kernel is written for this type of device."""
+        return self.devices is None or device in self.devices
 
     @abstractmethod
     def cannot_run(self, problem: ExpertsProblem) -> str | None:

@@ -129,7 +129,8 @@ def select_kernel(
         if reason is None:
             taken = candidate
         else:
-            is_fallback = is_fallback or (taken is None and kernel is None)
+            is_passed_over = taken is None and kernel is None and candidate.is_for(problem.device)
+            is_fallback = is_fallback or is_passed_over
             rejections.append(Rejection(name, reason))
     if taken is None or (strict and is_fallback):
         lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in rejections)
