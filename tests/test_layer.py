@@ -554,18 +554,22 @@ def test_deterministic_rows_do_not_depend_on_the_number_of_threads(name):
 
 def test_without_determinism_the_fast_kernel_is_chosen():
     layer, strict = build_layer(moe_config()), build_layer(moe_config(deterministic=True))
-    for candidate, name in ((layer, "torch"), (strict, "reference")):
-        problem = candidate.experts.problem(torch.float32, needs_grad=False)
-        assert candidate.experts.decide(problem).kernel.name == name
+    chosen = [
+        candidate.experts.decide(candidate.experts.problem(torch.float32, needs_grad=False)).kernel
+        for candidate in (layer, strict)
+    ]
+    assert chosen[0].name != "reference"
+    assert chosen[1].is_row_invariant
 
 
 def test_a_kernel_that_is_insisted_on():
     layer = build_layer(moe_config(), kernel="reference")
     problem = layer.experts.problem(torch.float32, needs_grad=False)
     assert layer.experts.decide(problem).kernel.name == "reference"
-    strict = build_layer(moe_config(deterministic=True), strict=True)
-    with pytest.raises(NoKernelFits, match="strict=True"):
-        strict(rows_of(2))
+    torch_alone = build_layer(moe_config(deterministic=True), kernel="torch", strict=True)
+    assert torch_alone.experts.options.strict
+    with pytest.raises(NoKernelFits, match=r"torch: its rows depend on the batch around them"):
+        torch_alone(rows_of(2))
 
 
 # ----------------------------------------------------------------------------------- gate precision
@@ -736,11 +740,11 @@ def test_a_thousand_calls_leave_nothing_behind():
         gc.collect()
         return sys.getallocatedblocks(), psutil.Process().memory_info().rss
 
-    call(50)
+    call(500)  # the interpreter's own tables settle
     blocks, resident = measured()
     call(1000)
     blocks_after, resident_after = measured()
-    assert blocks_after - blocks < 200  # one forgotten object a call would be 1,000
+    assert blocks_after - blocks < 500  # one forgotten object a call would be 1,000
     assert resident_after - resident < 8 * 2**20
 
 
@@ -748,3 +752,15 @@ def test_the_example_in_the_docstring():
     results = doctest.testmod(mixtura.layer)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_a_table_of_ids_takes_the_rows_that_are_loaded():
+    config = moe_config(routing={"hash_routing": True})
+    layer, fresh = layer_of(config), FusedMoE(config)
+    assert layer.gate.hash_table.shape[0] > 1
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.gate.hash_table.equal(layer.gate.hash_table)
+    state = layer.state_dict()
+    state["gate.hash_table"] = state["gate.hash_table"][:, :1]
+    with pytest.raises(RuntimeError, match="hash_table"):
+        FusedMoE(config).load_state_dict(state)

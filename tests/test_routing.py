@@ -670,13 +670,23 @@ def test_experts_without_work_equal_the_dense_formula(
                 continue
             value = hidden[token] if kind is NoComputeKind.IDENTITY else constants[expert - 5]
             expected[token] += float(weights[token, slot]) * value.double()
-    if kind is NoComputeKind.ZERO:
-        assert routing.bypass is None
-    else:
-        assert routing.bypass is not None
-        output = routing.bypass.apply(routed, hidden)
-        assert output.dtype == dtype
-        torch.testing.assert_close(output, expected.to(dtype))
+    assert routing.bypass is not None
+    output = routing.bypass.apply(routed, hidden)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, expected.to(dtype))
+
+
+def test_a_nan_token_is_nan_though_all_its_experts_are_zero():
+    router = create_router(no_compute(NoComputeKind.ZERO))
+    logits = torch.tensor([[float("nan"), 0, 0, 0, 0, 9, 8, 7]] * 2)
+    logits[1, 0] = 0.0
+    replayed = TokenInputs(replayed_ids=torch.tensor([[5, 6, 7, 5]] * 2))
+    routing = router.route(logits, tokens=replayed)
+    assert routing.topk_ids.eq(-1).all() and routing.topk_weights.eq(0).all()
+    assert routing.bypass is not None
+    output = routing.bypass.apply(torch.zeros(2, 6), torch.ones(2, 6))
+    assert output[0].isnan().all()
+    assert output[1].eq(0).all()
 
 
 def test_a_padding_token_bypasses_nothing():

@@ -127,7 +127,11 @@ class NoComputeExperts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationConfig:
-    """Draws ids instead of choosing them; `seed` fixes the draw, `exponent` shapes ZIPF."""
+    """Draws ids instead of choosing them; `seed` fixes the draw, `exponent` shapes ZIPF.
+
+    A draw, and the first row of a replay, begin anew with every pass through the router: a layer
+    that sends its tokens in chunks repeats them with every chunk.
+    """
 
     kind: Simulation
     seed: int = 0

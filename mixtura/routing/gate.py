@@ -3,8 +3,9 @@ for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,16 @@ class Gate(nn.Module):
             constants=self.constants,
             replayed_ids=self.replayed_ids,
         )
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Tables of ids take the number of rows that is loaded; it is in no configuration."""
+        for name in ("hash_table", "replayed_ids"):
+            own, loaded = getattr(self, name), state_dict.get(prefix + name)
+            if own is not None and loaded is not None and own.shape[1:] == loaded.shape[1:]:
+                setattr(self, name, own.new_empty(loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, hidden_states: Tensor, tokens: TokenInputs | None = None) -> Choice:
         """Choose experts for (T,H) rows."""

@@ -193,13 +193,12 @@ class Router:
         return Routing(ids, weights.float(), bypass)
 
 
-def _bypass(
-    config: RoutingConfig, weights: Tensor, ids: Tensor, tensors: RouterTensors
-) -> Bypass | None:
+def _bypass(config: RoutingConfig, weights: Tensor, ids: Tensor, tensors: RouterTensors) -> Bypass:
     assert config.no_compute is not None
     match config.no_compute.kind:
         case NoComputeKind.ZERO:
-            return None
+            # Zero times its weight: nothing, or NaN where the token's weights are.
+            return Bypass(identity_weight=weights.sum(-1) * 0.0)
         case NoComputeKind.IDENTITY:
             return Bypass(identity_weight=weights.sum(-1))
         case NoComputeKind.CONSTANT:
