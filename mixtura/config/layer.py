@@ -51,6 +51,11 @@ class SharedExpertsConfig:
     def __post_init__(self) -> None:
         require_positive("shared intermediate_size", self.intermediate_size)
         require_positive("stream_max_tokens", self.stream_max_tokens, minimum=0)
+        if not self.is_gated and self.activation.has_gated_terms:
+            raise ConfigError(
+                "activation.up_offset and up_softcap must go with gated shared experts; got "
+                "ungated ones. Drop them."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

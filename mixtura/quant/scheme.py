@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -213,7 +212,7 @@ class QuantScheme:
         assert self.is_quantized, "a dense matrix has no codes"
         if self.code is Code.INT:
             return tuple(float(code) for code in range(2**self.bits))
-        return _float_levels(self.code) if self.codebook is None else self.codebook
+        return _FLOAT_LEVELS[self.code] if self.codebook is None else self.codebook
 
     @property
     def max_level(self) -> float:
@@ -264,7 +263,6 @@ class QuantScheme:
         return ", ".join(parts)
 
 
-@cache
 def _float_levels(code: Code) -> tuple[float, ...]:
     exponent_bits, mantissa_bits = code.exponent_bits, code.mantissa_bits
     bias = 2 ** (exponent_bits - 1) - 1
@@ -283,6 +281,9 @@ def _float_levels(code: Code) -> tuple[float, ...]:
                 magnitude = (1 + fraction) * 2.0 ** (field - bias)
             magnitudes.append(magnitude)
     return (*magnitudes, *(-magnitude for magnitude in magnitudes))
+
+
+_FLOAT_LEVELS = {code: _float_levels(code) for code in Code if code.is_float}
 
 
 @dataclass(frozen=True, eq=False)
