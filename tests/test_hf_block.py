@@ -252,6 +252,44 @@ def test_a_block_returns_what_the_family_returns(family):
             assert relative_error(our, their) <= TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [(1, 0), (0, 4), (7,), (2, 3, 2)])
+def test_a_block_takes_tokens_in_any_arrangement(family, shape):
+    model = converted(family)
+    block = next(iter(blocks(model).values()))
+    hidden_states = torch.randn(*shape, model.config.hidden_size)
+    found, flat = block(hidden_states), block(hidden_states.flatten(0, -2).unsqueeze(0))
+    if isinstance(found, tuple):
+        found, flat = found[0], flat[0]
+    assert found.numel() == hidden_states.numel()
+    assert found.flatten().equal(flat.flatten())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_native_gate_is_the_family_s_own_to_the_bit(family):
+    model = tiny_model(family, dtype=torch.bfloat16).model
+    ours = quietly_converted(copy.deepcopy(model), gate="native")
+    for name, block in blocks(ours).items():
+        hidden_states = torch.randn(2, 5, model.config.hidden_size).bfloat16()
+        theirs = model.get_submodule(name)
+        returned: list[object] = []
+        for module in (theirs, block):
+            gate = module.get_submodule(block.spec.gate)
+            gate.register_forward_hook(lambda *call, returned=returned: returned.append(call[2]))
+        expected, output = theirs(hidden_states.clone()), block(hidden_states)
+        their_logits, our_logits = (logits_of(block, value) for value in returned)
+        assert our_logits.equal(their_logits.to(our_logits.dtype))
+        assert type(output) is type(expected)
+        pairs = [(output, expected)]
+        if isinstance(output, tuple):
+            pairs = list(zip(output, expected, strict=True))
+        for our, their in pairs:
+            assert our.dtype == their.dtype
+            assert relative_error(our, their) <= RTOL[torch.bfloat16]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_modules_stay_instances_of_the_family_classes(family):
     model = converted(family)
@@ -526,6 +564,27 @@ def test_arguments_are_checked_before_anything_changes():
     assert classes(model) == before
 
 
+def test_a_configuration_that_is_impossible_is_an_error_and_changes_nothing():
+    model = stock_copy("qwen3_moe")
+    before = classes(model)
+    model.config.num_experts_per_tok = 99
+    with pytest.raises(ConfigError, match=r"top_k \(99\) must be at most"):
+        convert(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_deterministic_blocks_give_a_row_alone_what_it_gets_in_a_batch(family):
+    model = converted(family, deterministic=True)
+    blocks = [module for module in model.modules() if isinstance(module, FusedMoE)]
+    block = next(block for block in blocks if block.moe_config.shared is not None)
+    rows = torch.randn(1, 37, block.moe_config.hidden_size)
+    with torch.no_grad():
+        together = block(rows)
+        for token in (0, 17, 36):
+            assert block(rows[:, token : token + 1])[0, 0].equal(together[0, token])
+
+
 def test_a_kernel_that_cannot_run_is_refused_before_anything_changes():
     model = stock_copy("qwen3_moe")
     before = classes(model)
@@ -561,6 +620,19 @@ def test_a_model_without_moe_layer_is_refused():
         convert(model)
     assert moe_layers(model) == []
     assert not is_converted(model)
+
+
+def test_under_expert_parallelism_of_transformers_only_the_experts_are_ours():
+    model = stock_copy("qwen3_moe")
+    for name in stock("qwen3_moe").experts_modules:
+        model.get_submodule(name)._is_expert_parallel = True
+    with pytest.raises(UnsupportedModel, match="expert parallelism"):
+        convert(model, strict=True)
+    with pytest.warns(UnconvertedLayerWarning, match="expert parallelism"):
+        convert(model)
+    assert {layer.kind for layer in moe_layers(model)} == {"experts"}
+    found = output("qwen3_moe", model)
+    assert relative_error(found, output("qwen3_moe", stock("qwen3_moe").model)) <= TOLERANCE
 
 
 class Cube(nn.Module):

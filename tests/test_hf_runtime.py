@@ -185,6 +185,38 @@ def test_a_decode_step_can_be_compiled(form, backend):
     assert_compiles(form(), backend)
 
 
+BLOCK_FAMILIES = (
+    "afmoe",
+    "dbrx",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "jetmoe",
+    "llama4",
+    "longcat_flash",
+    "minimax_m2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_next",
+    "step3p7",
+)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("family", BLOCK_FAMILIES)
+def test_a_converted_model_is_one_graph(family):
+    model, expected = converted(family), output(stock(family).model, family)
+    torch._dynamo.reset()
+    try:
+        step = torch.compile(model.forward, fullgraph=True, backend="eager")
+        result = step(**stock(family).inputs, use_cache=False)
+    finally:
+        torch._dynamo.reset()
+    found = result.logits if "logits" in result else result.last_hidden_state
+    assert relative_error(found, expected) <= TOLERANCE
+
+
 # ------------------------------------------------------------------------------ memory and threads
 
 

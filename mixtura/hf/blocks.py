@@ -46,7 +46,7 @@ def _tensor(out: Tensor, output: LayerOutput) -> Tensor:
 
 
 def _with_weights(out: Tensor, output: LayerOutput) -> tuple[Tensor, Tensor]:
-    return out, output.routing.topk_weights
+    return out, output.routing.topk_weights.to(out.dtype)
 
 
 def _flat_with_logits(out: Tensor, output: LayerOutput) -> tuple[Tensor, Tensor]:
@@ -282,6 +282,7 @@ class BlockPlan:
             shared = getattr(block, spec.shared)
             adopt_class(shared, FamilySharedExperts)
             shared.shared_config = config.shared
+            shared.is_row_invariant = config.deterministic
         observers = block.observers if isinstance(block, FusedMoE) else ()
         if spec.experts is None:
             self.experts.adopt(FamilyMoEWithExperts)

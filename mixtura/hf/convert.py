@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mixtura.config import GatePrecision, RunnerConfig
-from mixtura.errors import ConfigError, UnsupportedModel
+from mixtura.errors import UnsupportedModel
 from mixtura.experts import ExpertsOptions
 from mixtura.hf.adopt import layer_index
 from mixtura.hf.blocks import BlockOptions, BlockPlan, FamilyMoE, block_spec, plan_block
@@ -78,7 +78,7 @@ def convert(
         The same model.
 
     Raises:
-        ConfigError: an argument is none of its choices.
+        ConfigError: an argument is none of its choices, or config.json asks for the impossible.
         UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
         NoKernelFits: none can run the experts, or not the one insisted on.
     """
@@ -125,7 +125,7 @@ def plan_layers(
                 blocks[name] = plan_block(module, spec, owner[name], layer, options)
             elif is_decorated(module):
                 experts[name] = plan_experts(module, options.experts)
-        except (UnsupportedModel, ConfigError) as error:
+        except UnsupportedModel as error:
             reasons[name] = str(error)
     return blocks, experts, reasons
 
