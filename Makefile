@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	@$(BIN)/mixtura generate "def read_json(path):" --max-new-tokens 96
+	@$(BIN)/mixtura generate "def read_json(path):" --max-new-tokens 96 --temperature 0.7 --top-p 0.9 --seed 2
 	@$(BIN)/mixtura inspect --html mixtura-inspect.html --png mixtura-inspect.png
 
 test: $(STAMP)

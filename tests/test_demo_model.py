@@ -129,6 +129,14 @@ def test_predicts_held_out_files_better_than_xz(
     assert result.bits_per_byte < xz
 
 
+def test_predicts_as_stock_transformers_does_in_bf16(tokenizer: Any, sample: list[Any]) -> None:
+    texts = [source.text for source in sample]
+    stock = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
+    ours = mixtura.from_pretrained(DEMO, dtype=torch.bfloat16)
+    expected = evaluate(stock, tokenizer, texts).bits_per_byte
+    assert evaluate(ours, tokenizer, texts).bits_per_byte == pytest.approx(expected, rel=1e-3)
+
+
 def test_every_expert_is_used(tokenizer: Any, model: Any, sample: list[Any]) -> None:
     shares = expert_shares(model, tokenizer, [file.text for file in sample])
     assert shares.shape == (model.config.num_hidden_layers, model.config.num_experts)
