@@ -154,4 +154,4 @@ COLD_BYTES = 128 * 2**20
 def num_weight_sets(case: Case, *, most: int = 8) -> int:
     """Layers to rotate through so that weights come from memory; those of small layers do not."""
     touched = min(case.num_slots, case.shape.experts.num_experts) * case.expert_bytes
-    return min(most, max(2, math.ceil(COLD_BYTES / touched)))
+    return min(most, math.ceil(COLD_BYTES / touched))

@@ -1,0 +1,30 @@
+"""What the experts compute between their products; the same with and without a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mixtura.kernels.reference.activation import activate, split_gate_up
+from mixtura.kernels.reference.norm import post_norm
+from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.types import ExpertWeights
+
+Linear = Callable[[Tensor, QuantizedMatrix, Tensor | None], Tensor]
+"""Each expert's linear map on its rows: (N, in), stack (L, out, in), bias (L, out) -> (N, out)."""
+
+
+def run_experts(weights: ExpertWeights, x: Tensor, linear: Linear) -> Tensor:
+    """The experts on rows sorted by expert, before routing weights. (N, H) -> (N, H)."""
+    config = weights.config
+    first = linear(x, weights.gate_up_proj, weights.gate_up_bias)
+    gate, up = split_gate_up(first, config.gate_up)
+    if weights.up_proj is not None:
+        up = linear(x, weights.up_proj, None)
+    hidden = activate(gate, up, config.activation)
+    out = linear(hidden, weights.down_proj, weights.down_bias)
+    if config.post_norm is not None:
+        assert weights.post_norm is not None
+        out = post_norm(out, weights.post_norm, config.post_norm, config.post_norm_epsilon)
+    return out
