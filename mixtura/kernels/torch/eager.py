@@ -49,9 +49,8 @@ def run_eager(
     if num_absent:
         out[num_sorted] = 0.0  # what slots without an expert find
         scale = None if scale is None else scale.masked_fill(ids < 0, 0.0)
-    return _gather(out, row_of_slot.view(ids.shape), scale, reduce).to(
-        rows.dtype if reduce else out.dtype
-    )
+    found = _gather(out, row_of_slot.view(ids.shape), scale, reduce)
+    return found.to(rows.dtype) if reduce else found
 
 
 def _passes(tokens_per_expert: Sequence[int]) -> Iterator[tuple[int, Sequence[int], int, int]]:
