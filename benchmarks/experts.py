@@ -16,18 +16,11 @@ import torch
 import typer
 from rich.console import Console
 
-from mixtura.bench import (
-    SHAPES,
-    TRANSFORMERS,
-    Case,
-    find_contenders,
-    find_shape,
-    machine_json,
-    machine_summary,
-    probe_machine,
-    results_table,
-    run_case,
-)
+from mixtura.bench.cases import SHAPES, Case, find_shape
+from mixtura.bench.contenders import TRANSFORMERS, find_contenders
+from mixtura.bench.experts import machine_json, run_case
+from mixtura.bench.machine import probe_machine
+from mixtura.bench.report import machine_summary, results_table
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

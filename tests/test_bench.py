@@ -17,25 +17,21 @@ from rich.console import Console
 from torch import Tensor
 
 from mixtura import SWIGLU_OAI, ExpertsConfig
-from mixtura.bench import (
-    TRANSFORMERS,
+from mixtura.bench import contenders, experts, machine, measure
+from mixtura.bench.cases import (
     Case,
-    Contender,
     LayerShape,
-    Machine,
-    contenders,
-    experts,
-    find_contenders,
+    WeightSet,
     find_shape,
-    interleave,
-    machine,
-    machine_json,
-    measure,
-    probe_machine,
-    results_table,
-    run_case,
+    num_weight_sets,
+    random_batches,
+    random_weights,
 )
-from mixtura.bench.cases import WeightSet, num_weight_sets, random_batches, random_weights
+from mixtura.bench.contenders import TRANSFORMERS, Contender, find_contenders
+from mixtura.bench.experts import machine_json, run_case
+from mixtura.bench.machine import Machine, probe_machine
+from mixtura.bench.measure import interleave
+from mixtura.bench.report import results_table
 from mixtura.config import GateUp
 from mixtura.errors import ConfigError
 from mixtura.kernels import get_kernel
