@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -136,10 +137,16 @@ def check_in_memory(called: nn.Module, paths: list[str]) -> None:
             )
 
 
+_ADOPTING = threading.RLock()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _adopt_once(module: nn.Module) -> None:
-    if not isinstance(module, PackedExperts):
-        plan_experts(module, ExpertsOptions()).adopt(FamilyExperts)
+    if isinstance(module, PackedExperts) and "observers" in module.__dict__:
+        return  # `observers` is what `PackedExperts.adopt` sets last
+    with _ADOPTING:  # two first calls must not adopt the module twice
+        if not isinstance(module, PackedExperts):
+            plan_experts(module, ExpertsOptions()).adopt(FamilyExperts)
 
 
 def experts_forward(
