@@ -6,12 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
+# For what is installed and for what builds it; pip knows the second by another name since 25.3.
+PINNED := PIP_CONSTRAINT='$(abspath constraints.txt)' PIP_BUILD_CONSTRAINT='$(abspath constraints.txt)'
+
 .PHONY: demo test test-slow clean
 
-$(STAMP): pyproject.toml constraints.txt
+# The extension is compiled in build/, which is kept: a change compiles what it touches.
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("Python (%d.%d) must be >= 3.11. Set PYTHON=python3.11 or newer." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[plot,test]'
+	$(PINNED) $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[plot,test]'
 	touch $(STAMP)
 
 demo: $(STAMP)

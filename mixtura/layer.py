@@ -95,6 +95,7 @@ class FusedMoE(nn.Module):
                 strict=strict,
                 deterministic=config.deterministic,
                 weight_on=config.routing.weight_on,
+                activation_dtype=config.activation_dtype,
             ),
             device=device,
             dtype=dtype,

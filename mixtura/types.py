@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtura.config import ExpertsConfig, GateUp, WeightOn
+from mixtura.config import ActivationDtype, ExpertsConfig, GateUp, WeightOn
 from mixtura.errors import ConfigError, InputError
-from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.quant.scheme import QuantizedMatrix, QuantScheme
 
 DENSE = "dense"
-"""The scheme's name in an `ExpertsProblem` whose weights are not quantized."""
+"""What stands for the scheme of weights that are not quantized, in words."""
 
 
 RoutingObserver = Callable[[Tensor, Tensor], None]
@@ -219,10 +219,14 @@ class ExpertWeights:
         )
 
     @property
+    def schemes(self) -> tuple[QuantScheme, ...]:
+        """The schemes of the projections, each once."""
+        return tuple(dict.fromkeys(matrix.scheme for matrix in self.projections()))
+
+    @property
     def scheme(self) -> str:
-        """The name of the projections' scheme, `DENSE` when unquantized; both if they differ."""
-        names = [str(m.scheme) if m.is_quantized else DENSE for m in self.projections()]
-        return " and ".join(dict.fromkeys(names))
+        """The projections' schemes in words, `DENSE` when unquantized."""
+        return scheme_in_words(self.schemes)
 
     @property
     def device(self) -> torch.device:
@@ -241,22 +245,44 @@ class ExpertsProblem:
 
     Attributes:
         experts: sizes, activation and layout.
-        scheme: the name of the weights' scheme, `DENSE` when unquantized.
-        weight_dtype, activation_dtype: dtypes of the stored values and of the hidden states.
+        schemes: how the projections are stored, each scheme once.
+        row_dtype: dtype of the hidden states.
         device: "cpu", "cuda", ...
         weight_on: where the routing weight applies.
         needs_grad: gradients must flow.
         is_deterministic: a row's result may not depend on the batch around it.
+        activation_dtype: the arithmetic with quantized weights; None leaves it to the kernel.
     """
 
     experts: ExpertsConfig
-    scheme: str
-    weight_dtype: torch.dtype
-    activation_dtype: torch.dtype
+    schemes: tuple[QuantScheme, ...]
+    row_dtype: torch.dtype
     device: str
     weight_on: WeightOn = WeightOn.OUTPUT
     needs_grad: bool = False
     is_deterministic: bool = False
+    activation_dtype: ActivationDtype | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no projection is quantized."""
+        return not any(scheme.is_quantized for scheme in self.schemes)
+
+    @property
+    def scheme(self) -> str:
+        """The schemes in words, `DENSE` when unquantized."""
+        return scheme_in_words(self.schemes)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the stored values: uint8 where they are packed codes."""
+        return self.schemes[0].values_dtype
+
+
+def scheme_in_words(schemes: Sequence[QuantScheme]) -> str:
+    """The schemes joined by "and"; unquantized ones are `DENSE`."""
+    names = [str(scheme) if scheme.is_quantized else DENSE for scheme in schemes]
+    return " and ".join(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from mixtura.hf.convert import NOT_TAKEN_OVER  # noqa: E402
 from mixtura.kernels import get_kernel, kernel_names  # noqa: E402
 from mixtura.quant.formats import WeightFormat  # noqa: E402
 from mixtura.routing import NOT_COVERED  # noqa: E402
-from mixtura.types import DENSE, ExpertsProblem  # noqa: E402
+from mixtura.types import ExpertsProblem  # noqa: E402
 
 FAMILIES = ROOT / "docs" / "families.md"
 README = ROOT / "README.md"
@@ -68,9 +68,8 @@ def kernels_for(format: WeightFormat, device: str) -> str:
     scheme = format.scheme
     problem = ExpertsProblem(
         experts=ExpertsConfig(num_experts=8, hidden_size=256, intermediate_size=128),
-        scheme=str(scheme) if scheme.is_quantized else DENSE,
-        weight_dtype=torch.uint8 if scheme.is_quantized else scheme.values_dtype,
-        activation_dtype=torch.bfloat16 if scheme.is_quantized else scheme.values_dtype,
+        schemes=(scheme,),
+        row_dtype=torch.bfloat16 if scheme.is_quantized else scheme.values_dtype,
         device=device,
     )
     names = [name for name in kernel_names() if get_kernel(name).unsupported(problem) is None]

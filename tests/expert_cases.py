@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tolerances import products_bound
 from torch import Tensor
 
 from mixtura.config import (
     SWIGLU_OAI,
     Activation,
+    ActivationDtype,
     ActivationFunction,
     ExpertsConfig,
     GateUp,
@@ -22,11 +24,12 @@ from mixtura.config import (
     RoutingConfig,
     WeightOn,
 )
+from mixtura.kernels.cpu.panels import ACTIVATION_GROUP
 from mixtura.layer import FusedMoE
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import dense, dequantize
-from mixtura.types import DENSE, ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.quant.scheme import Code, QuantScheme, dense, dequantize
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(),
@@ -158,6 +161,15 @@ def dequantized(weights: ExpertWeights, dtype: torch.dtype = torch.float32) -> E
     )
 
 
+def cpu_products_bound(
+    scheme: QuantScheme, rows: torch.dtype, activation_dtype: ActivationDtype | None = None
+) -> float:
+    """The `frobenius_error` that the cpu kernel may have with packed weights, on any path."""
+    if scheme.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
+        return products_bound(torch.bfloat16, None, rows)
+    return products_bound(torch.int8, scheme.group_shape[1] or ACTIVATION_GROUP, rows)
+
+
 def random_batch(
     config: ExpertsConfig,
     num_rows: int,
@@ -191,9 +203,8 @@ def problem_of(
     """What a kernel would be asked, with dense weights of the activations' dtype."""
     return ExpertsProblem(
         experts=config,
-        scheme=DENSE,
-        weight_dtype=dtype,
-        activation_dtype=dtype,
+        schemes=(QuantScheme.dense(dtype),),
+        row_dtype=dtype,
         device="cpu",
         weight_on=weight_on,
         needs_grad=needs_grad,

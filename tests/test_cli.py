@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ from mixtura.hf.convert import UnconvertedLayerWarning
 from mixtura.hf.generate import GenerateOptions, TextMeter, generate_text
 
 ROOT = Path(__file__).parent.parent
+extension = importlib.import_module("mixtura.kernels.cpu.extension")
 POSITIONS = 4096
 """Of the tiny model: enough that a generation can be interrupted."""
 
@@ -194,7 +196,7 @@ def test_greedy_text_is_that_of_transformers(tiny: Path) -> None:
     result = run("generate", "Once upon", "--model", str(tiny), "--max-new-tokens", "24")
     assert result.exit_code == 0
     assert result.stdout == expected_text(tiny, "Once upon", 24) + "\n"
-    for fact in ("9 tokens", "24 tokens", "tokens/s", "MiB", "torch on cpu", "2 of 2 taken over"):
+    for fact in ("9 tokens", "24 tokens", "tokens/s", "MiB", "cpu on cpu", "2 of 2 taken over"):
         assert fact in result.stderr
 
 
@@ -433,7 +435,7 @@ def test_a_file_is_no_model(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told", "code"),
     [
-        (("--kernel", "nonsense"), "must be one of torch", 1),
+        (("--kernel", "nonsense"), "must be one of cpu, torch", 1),
         (("--device", "gpuu"), "must be cpu, cuda or cuda:N", 1),
         (("--device", "meta"), "must be cpu, cuda or cuda:N", 1),
         (("--device", "cuda:99"), "must be on this machine", 1),
@@ -597,7 +599,7 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_prints_json() -> None:
     found = json.loads(run("doctor", "--json").stdout)
     assert list(found) == [
-        "mixtura", "python", "cpu", "memory", "gpus", "packages", "demo", "kernels",
+        "mixtura", "python", "cpu", "cpp_kernels", "memory", "gpus", "packages", "demo", "kernels",
     ]  # fmt: skip
     assert list(found["cpu"]) == ["name", "num_cores", "num_threads", "features"]
     assert [f["name"] for f in found["cpu"]["features"]] == [
@@ -632,6 +634,34 @@ def test_doctor_says_what_a_missing_package_costs(monkeypatch: pytest.MonkeyPatc
     assert "triton not installed no Triton kernels" in shown
     assert "bandwidth not measured the probe needs Transformers" in shown
     assert "transformers not installed models cannot be loaded: it must be >=" in shown
+
+
+@pytest.mark.usefixtures("quick_probe")
+def test_doctor_shows_the_kernels_of_this_processor() -> None:
+    if extension.missing() is not None:
+        pytest.skip("no C++ kernels here")
+    found = json.loads(run("doctor", "--json").stdout)["cpp_kernels"]
+    assert found["problem"] is None
+    assert found["path"] == extension.current_path() == found["paths"][0]
+    assert found["paths"][-1] == "portable"
+    assert found["flags"] == list(extension.cpu_flags())
+    assert found["threads"] in ("openmp", "pool")
+    with extension.forced_path("portable"):
+        rows = {row[0]: row[1:] for row in doctor.rows_of(doctor.diagnose())}
+    others = ", ".join(found["paths"][:-1]) or "no other"
+    assert rows["C++ kernels"] == (f"portable (could run: {others})", "")
+    shown = {"openmp": ("openmp", ""), "pool": ("pool", doctor.POOL_COST)}
+    assert rows["C++ threads"] == shown[found["threads"]]
+
+
+@pytest.mark.usefixtures("quick_probe")
+def test_doctor_says_what_it_costs_to_have_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_cpu", None)
+    assert json.loads(run("doctor", "--json").stdout)["cpp_kernels"]["path"] is None
+    shown = " ".join(run("doctor", COLUMNS="250").stdout.split())
+    assert "C++ kernels not built experts run through torch" in shown
+    assert "install a C++17 compiler, then mixtura again" in shown
+    assert "torch (bf16, fp16, fp32) cpu: its C++ extension is not built" in shown
 
 
 def test_doctor_reads_the_flags_of_x86_and_knows_nothing_of_others(tmp_path: Path) -> None:

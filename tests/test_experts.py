@@ -14,6 +14,7 @@ import pytest
 import torch
 from expert_cases import (
     CONFIGS,
+    cpu_products_bound,
     dequantized,
     plain_experts,
     quantized,
@@ -21,7 +22,7 @@ from expert_cases import (
     random_weights,
     sizes,
 )
-from tolerances import RTOL, assert_close, relative_error
+from tolerances import RTOL, assert_close, frobenius_error, relative_error
 from torch import Tensor, nn
 
 from mixtura.config import ExpertsConfig, GateUp, WeightOn
@@ -61,7 +62,7 @@ class PackingKernel(ExpertsKernel):
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         return None if problem.device == "cpu" else "runs on a CPU only"
 
-    def pack(self, weights: ExpertWeights) -> Packed:
+    def pack(self, weights: ExpertWeights, activation_dtype: Any = None) -> Packed:
         self.num_packs += 1
         tensors = weights.tensors()
         buffers = tuple(
@@ -101,7 +102,7 @@ class DifferentiablePackingKernel(PackingKernel):
     name: ClassVar[str] = "packing"
     has_backward: ClassVar[bool] = True
 
-    def pack(self, weights: ExpertWeights) -> Packed:
+    def pack(self, weights: ExpertWeights, activation_dtype: Any = None) -> Packed:
         self.num_packs += 1
         return Packed((), weights.mapped(lambda t: t * 2))
 
@@ -112,7 +113,7 @@ class DifferentiablePackingKernel(PackingKernel):
 class CopyingKernel(DifferentiablePackingKernel):
     """Keeps a copy and computes with it as it is."""
 
-    def pack(self, weights: ExpertWeights) -> Packed:
+    def pack(self, weights: ExpertWeights, activation_dtype: Any = None) -> Packed:
         return Packed((), weights.mapped(torch.clone))
 
     def read(self, packed: Packed) -> ExpertWeights:
@@ -627,10 +628,14 @@ def test_quantized_weights_run_in_any_float_dtype():
     module, weights = quantized_module()
     batch = random_batch(CONFIGS["bias"], 3)
     expected = plain_experts(dequantized(weights), batch)
-    assert_close(run(module, batch), expected, torch.float32)
-    rounded = dataclasses.replace(batch, hidden_states=batch.hidden_states.bfloat16())
-    assert run(module, rounded).dtype == torch.bfloat16
-    assert relative_error(run(module, rounded), expected) < 2 * RTOL[torch.bfloat16]
+    scheme = weights.gate_up_proj.scheme
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rounded = dataclasses.replace(batch, hidden_states=batch.hidden_states.to(dtype))
+        out = run(module, rounded)
+        assert out.dtype == dtype
+        bound = cpu_products_bound(scheme, dtype) + RTOL[dtype] / 4  # the rows are rounded too
+        assert frobenius_error(out, expected) < bound
+    assert module.state.held.kernel.name == "cpu"
 
 
 def test_quantized_weights_are_kept_once(packing):
@@ -650,6 +655,7 @@ def test_quantized_weights_are_kept_once(packing):
         assert torch.equal(left, right)
     module.options = ExpertsOptions(kernel="torch")
     module.state.decisions.clear()
+    module.state.choices.clear()
     assert torch.equal(run(module, batch), expected)
 
 
@@ -803,8 +809,9 @@ def test_options_reach_the_problem():
     assert problem.needs_grad
     assert module.decide(problem).kernel.name == "reference"
     batch = random_batch(sizes(), 3)
-    weights = module.expert_weights
-    assert_close(run(module, batch), plain_experts(weights, batch, WeightOn.INPUT), torch.float32)
+    expected = plain_experts(module.expert_weights, batch, WeightOn.INPUT)
+    assert_close(run(module, batch), expected, torch.float32)
+    assert module.state.held.kernel.name == "cpu"
     assert run(module, batch, reduce=False).shape == (3, 2, 8)
 
 

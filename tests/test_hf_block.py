@@ -460,7 +460,7 @@ def test_gradients_with_gradient_checkpointing(form, use_reentrant):
 def test_quantized_experts_refuse_gradients():
     block = next(iter(blocks(converted("qwen3_moe")).values()))
     experts = block.packed_experts
-    packed = quantized(experts.expert_weights, WeightFormat.INT8)
+    packed = quantized(experts.expert_weights, WeightFormat.INT8_CHANNEL)
     experts.adopt(experts.experts_config, experts.options, {}, packed)
     hidden_states = torch.randn(1, 3, block.moe_config.hidden_size, requires_grad=True)
     with pytest.raises(GradientUnsupported, match="dense"):

@@ -285,7 +285,7 @@ class PackingKernel(TorchKernel):
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         return super().cannot_run(problem)
 
-    def pack(self, weights: ExpertWeights) -> Any:
+    def pack(self, weights: ExpertWeights, activation_dtype: Any = None) -> Any:
         return weights.mapped(lambda t: t.flip(0))
 
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtura.errors import ConfigError, InputError, MixturaError
-from mixtura.quant.formats import WeightFormat
+from mixtura.quant.formats import SHORT_NAMES, WeightFormat
 from mixtura.quant.packing import expand_groups, pack_codes, unpack_codes
 from mixtura.quant.quantize import quantize
 from mixtura.quant.scheme import (
@@ -465,7 +465,7 @@ def test_int4_bytes_by_hand() -> None:
     matrix = quantize(weight, WeightFormat.INT4_G32)
     assert matrix.values.tolist() == [[0x1F, 0x89, 0x0B]]
     assert matrix.scales is not None and matrix.scales.tolist() == [[1.0]]
-    assert quantize(weight, WeightFormat.INT8).values.tolist() == [[255, 1, 146, 128, 182]]
+    assert quantize(weight, WeightFormat.INT8_CHANNEL).values.tolist() == [[255, 1, 146, 128, 182]]
     asymmetric = int_scheme(4, (1, None), ZeroPoint.INTEGER)
     matrix = quantize(torch.tensor([[-7.0, 8.0, 0.5, 1.5]]), asymmetric)  # zero point 7
     assert matrix.values.tolist() == [[0xF0, 0x97]]
@@ -481,7 +481,7 @@ def test_num_bytes_of_every_format() -> None:
         sizes[format.value] = matrix.num_bytes / (2 * 128 * 256) * 8
     assert sizes == {
         "fp32": 32, "fp16": 16, "bf16": 16,
-        "int8": 8.125, "int8-g32": 8.5, "int8-g64": 8.25, "int8-g128": 8.125,
+        "int8-channel": 8.125, "int8-g32": 8.5, "int8-g64": 8.25, "int8-g128": 8.125,
         "int4-g32": 4.5, "int4-g64": 4.25, "int4-g128": 4.125,
         "fp8": 8.125, "fp8-block": 8 + 32 / 128**2,
         "mxfp4": 4.25, "nvfp4": 4.5 + 32 / 128 / 256,
@@ -670,7 +670,9 @@ def test_schemes_are_values() -> None:
     assert len(schemes) == len(WeightFormat)
     assert int_scheme(4, (1, 32)) == WeightFormat.INT4_G32.scheme
     assert str(WeightFormat.INT4_G32.scheme) == "int4, group 1x32, scale bfloat16, zero point mid"
-    assert str(WeightFormat.INT8.scheme) == "int8, group 1xall, scale float32, zero point mid"
+    assert (
+        str(WeightFormat.INT8_CHANNEL.scheme) == "int8, group 1xall, scale float32, zero point mid"
+    )
     nvfp4 = "e2m1, group 1x16, scale float8_e4m3fn, global scale per matrix"
     assert str(WeightFormat.NVFP4.scheme) == nvfp4
     assert str(WeightFormat.BF16.scheme) == "bfloat16"
@@ -681,10 +683,15 @@ def test_schemes_are_values() -> None:
 def test_format_names() -> None:
     names = [format.value for format in WeightFormat]
     assert names == [
-        "fp32", "fp16", "bf16", "int8", "int8-g32", "int8-g64", "int8-g128", "int4-g32",
-        "int4-g64", "int4-g128", "fp8", "fp8-block", "mxfp4", "nvfp4",
+        "fp32", "fp16", "bf16", "int8-channel", "int8-g32", "int8-g64", "int8-g128",
+        "int4-g32", "int4-g64", "int4-g128", "fp8", "fp8-block", "mxfp4", "nvfp4",
     ]  # fmt: skip
     assert [WeightFormat.parse(name) for name in names] == list(WeightFormat)
+    assert not SHORT_NAMES.keys() & set(names)
+    assert {name: WeightFormat.parse(name).value for name in SHORT_NAMES} == {
+        "int4": "int4-g128",
+        "int8": "int8-g128",
+    }
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -799,11 +806,13 @@ CONFIG_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "format": (
         lambda: WeightFormat.parse("int4_g32"),
-        r"weight format \(int4_g32\) must be one of fp32, .*, nvfp4; .* Did you mean int4-g32\?",
+        r"weight format \(int4_g32\) must be one of fp32, .*, nvfp4, int4, int8; "
+        r".* Did you mean int4-g32\?",
     ),
     "unlike-format": (
         lambda: WeightFormat.parse("gguf"),
-        r"weight format \(gguf\) must be one of fp32, .*, nvfp4; .* Use one of these names\.",
+        r"weight format \(gguf\) must be one of fp32, .*, nvfp4, int4, int8; "
+        r".* Use one of these names\.",
     ),
     "stack-shapes": (
         lambda: stack_experts([dense(torch.ones(2, 2)), dense(torch.ones(2, 3))], 2),

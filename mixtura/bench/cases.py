@@ -1,20 +1,17 @@
-"""What is measured: layer shapes by name, and random weights and batches of them."""
+"""What is measured: layer shapes by name, weight formats, numbers of tokens."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp
+from mixtura.bench.machine import Arithmetic
+from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp, require_positive
 from mixtura.errors import ConfigError
-from mixtura.experts.storage import default_storage, stored_shapes
+from mixtura.quant.formats import WeightFormat
+from mixtura.quant.scheme import Code, QuantScheme
 from mixtura.types import ExpertBatch
-
-WEIGHT_SCALE = 0.02
-"""Standard deviation of random weights: that of most models' initialisation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,20 +23,60 @@ class LayerShape:
     experts: ExpertsConfig
 
     @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of one expert's projections, by their role in `ExpertWeights`."""
+        c = self.experts
+        up = (c.up_size, c.hidden_size)
+        found = {"gate_up_proj": up, "down_proj": (c.hidden_size, c.intermediate_size)}
+        return found | ({"up_proj": up} if c.gate_up is GateUp.SEPARATE else {})
+
+    @property
     def weights_per_expert(self) -> int:
         """Elements of one expert's projections."""
-        c = self.experts
-        num_up = 2 if c.is_gated else 1
-        return (num_up + 1) * c.hidden_size * c.intermediate_size
+        return sum(rows * columns for rows, columns in self.matrices.values())
+
+    def expert_bytes(self, scheme: QuantScheme) -> int:
+        """Bytes that one expert's projections take in a scheme: values, scales and the like."""
+        return sum(
+            spec.dtypes[0].itemsize * torch.Size(spec.shape).numel()
+            for shape in self.matrices.values()
+            for spec in scheme.tensors_for(shape).values()
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One point of a benchmark: a layer's shape, a number of tokens, a dtype."""
+    """One point of a benchmark: a layer's shape, a number of tokens, a weight format.
+
+    Raises:
+        ConfigError: there is no token.
+    """
 
     shape: LayerShape
     num_tokens: int
-    dtype: torch.dtype
+    weights: WeightFormat
+
+    def __post_init__(self) -> None:
+        require_positive("tokens", self.num_tokens)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states: that of dense weights, bf16 with quantized ones."""
+        scheme = self.weights.scheme
+        return torch.bfloat16 if scheme.is_quantized else scheme.values_dtype
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The fastest that the format allows: its peak is part of the floor.
+
+        Integers and e2m1 codes become int8 beside int8 activations; bf16 and the codes that only
+        bf16 holds stay bf16; fp16 and fp32 are multiplied in fp32.
+        """
+        if self.weights.scheme.code in (Code.INT, Code.E2M1):
+            return Arithmetic.INT8
+        is_dense_bf16 = self.weights is WeightFormat.BF16
+        is_bf16 = is_dense_bf16 or self.weights.scheme.is_quantized
+        return Arithmetic.BF16 if is_bf16 else Arithmetic.FP32
 
     @property
     def num_slots(self) -> int:
@@ -53,12 +90,15 @@ class Case:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert's projections."""
-        return self.shape.weights_per_expert * self.dtype.itemsize
+        """Bytes of one expert's projections as stored, scales included."""
+        return self.shape.expert_bytes(self.weights.scheme)
 
     def bytes_touched(self, batch: ExpertBatch) -> int:
         """Bytes of the projections of the experts that a batch visits."""
         return int(torch.unique(batch.local_ids).numel()) * self.expert_bytes
+
+    def __str__(self) -> str:
+        return f"{self.shape.name}, {self.weights.value}, T={self.num_tokens}"
 
 
 def _shape(name: str, num_experts: int, top_k: int, hidden: int, intermediate: int) -> LayerShape:
@@ -104,54 +144,40 @@ def find_shape(name: str) -> LayerShape:
     return SHAPES[name]
 
 
-WeightSet = dict[str, Tensor]
-"""Tensors of one layer's experts by attribute name, stored as Transformers stores them."""
+def parse_tokens(text: str) -> list[int]:
+    """The numbers of tokens in "1,4,16", each once.
 
-
-def random_weights(config: ExpertsConfig, dtype: torch.dtype, seed: int) -> WeightSet:
-    """Weights of the experts; each expert has other values at other addresses.
-
-    Only one expert is drawn: the others are its rows in another order, which is as good for a
-    measurement and much faster to make.
+    Raises:
+        ConfigError: something in it is no whole number above 0.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shapes = stored_shapes(config)
-    weights: WeightSet = {}
-    for role, stored in default_storage(config).items():
-        num_experts, *one = shapes[role]
-        drawn = torch.randn(one, generator=generator).mul_(WEIGHT_SCALE).to(dtype)
-        stack = torch.empty(num_experts, *one, dtype=dtype)
-        for expert in range(num_experts):
-            stack[expert] = drawn.roll(expert * (one[0] // num_experts + 1), 0)
-        weights[stored.path] = stack
-    return weights
+    counts = []
+    for part in text.split(","):
+        is_count = part.strip().isdecimal() and int(part) > 0
+        if not is_count:
+            raise ConfigError(
+                f"tokens ({text}) must be whole numbers above 0 with commas between; got "
+                f"{part.strip()!r}. Write, for example, 1,16,256."
+            )
+        counts.append(int(part))
+    return list(dict.fromkeys(counts))
 
 
-def random_batches(case: Case, num_batches: int, seed: int) -> list[ExpertBatch]:
-    """Batches with routings of their own: K different experts to a token, all equally likely.
+def parse_weights(text: str) -> list[WeightFormat]:
+    """The weight formats in "bf16,int8,mxfp4", each once; an unknown name lists the choices."""
+    return list(dict.fromkeys(WeightFormat.parse(part.strip()) for part in text.split(",")))
 
-    Routing weights are softmax weights rounded to the case's dtype, so that contenders which take
-    them in that dtype compute the same thing.
+
+def find_cases(shapes: list[str], weights: str, tokens: str) -> list[Case]:
+    """Every combination, tokens fastest, so that the weights of a layer are made once.
+
+    Raises:
+        ConfigError: a name is unknown, or a number of tokens is not above 0.
     """
-    generator = torch.Generator().manual_seed(seed)
-    num_experts, top_k = case.shape.experts.num_experts, case.shape.top_k
-    batches = []
-    for _ in range(num_batches):
-        hidden = torch.randn(
-            case.num_tokens, case.shape.experts.hidden_size, generator=generator
-        ).to(case.dtype)
-        scores = torch.randn(case.num_tokens, num_experts, generator=generator)
-        weights, ids = scores.softmax(-1).topk(top_k)
-        weights = (weights / weights.sum(-1, keepdim=True)).to(case.dtype).float()
-        batches.append(ExpertBatch(hidden, ids.int(), weights))
-    return batches
-
-
-COLD_BYTES = 128 * 2**20
-"""Touch this much before a weight is read again: four times the last-level cache of common CPUs."""
-
-
-def num_weight_sets(case: Case, *, most: int = 8) -> int:
-    """Layers to rotate through so that weights come from memory; those of small layers do not."""
-    touched = min(case.num_slots, case.shape.experts.num_experts) * case.expert_bytes
-    return min(most, math.ceil(COLD_BYTES / touched))
+    layers = [find_shape(name) for name in dict.fromkeys(shapes)]
+    formats, counts = parse_weights(weights), parse_tokens(tokens)
+    return [
+        Case(shape=layer, num_tokens=count, weights=format)
+        for layer in layers
+        for format in formats
+        for count in counts
+    ]

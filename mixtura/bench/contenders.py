@@ -1,165 +1,181 @@
-"""What is compared: our kernels and the experts implementations of Transformers, same weights."""
+"""What is compared: the interface of a contender, our kernels, and which of them fit in memory."""
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from torch import Tensor
 
-from mixtura.bench.cases import Case, WeightSet
-from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp
-from mixtura.errors import ConfigError
+from mixtura.bench.cases import Case
+from mixtura.bench.machine import available_memory
+from mixtura.bench.weights import LayerWeights, num_weight_sets
+from mixtura.errors import InputError, NoKernelFits
 from mixtura.experts import ExpertsOptions, RoutedExperts
-from mixtura.kernels import get_kernel, kernel_names
-from mixtura.types import ExpertBatch
+from mixtura.kernels import get_kernel, select_kernel
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
-RunBatch = Callable[[ExpertBatch], Tensor]
-"""(M,H) rows with ids and weights -> (M,H)."""
+RunBatch = Callable[[Any], Tensor]
+"""What `prepare` has made of a batch -> (M,H)."""
 
-MEMORY_SHARE = 0.5
-"""A contender may take this much of the free memory for copies of its own."""
+PREFERRED = "mixtura"
+"""The name of whichever of our kernels is chosen when none is asked for."""
+
+MEMORY_LIMIT = 12 * 2**30
+"""Bytes that the weights of one case may take, whatever is free."""
+
+STACKS = "stacks"
+"""The name of the experts as they are made, which several contenders may read."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's experts, made when first asked for and shared by the contenders that ask."""
+
+    case: Case
+    source: LayerWeights
+    number: int
+
+    @cached_property
+    def stacks(self) -> ExpertWeights:
+        """In the case's format."""
+        return self.source.stacks(self.number)
+
+    @cached_property
+    def dense_stacks(self) -> ExpertWeights:
+        """In the dtype of the case's hidden states."""
+        if not self.case.weights.scheme.is_quantized:
+            return self.stacks
+        return self.source.dense_stacks(self.number, self.case.dtype)
 
 
 class Contender(ABC):
     """A way to run the experts of a layer.
 
     Attributes:
-        name: what the results call it.
+        name: what the command line and the results call it.
         is_ours: it is one of our kernels, not what they are measured against.
     """
 
     name: str
-    is_ours: bool
+    is_ours: bool = False
 
     @abstractmethod
     def refusal(self, case: Case) -> str | None:
         """Why it is not run on a case, or None."""
 
     @abstractmethod
-    def bind(self, config: ExpertsConfig, weights: WeightSet) -> RunBatch:
-        """The function that runs one layer with these weights."""
+    def bind(self, layer: Layer) -> RunBatch:
+        """The function that runs one layer."""
 
-    def prepare(self, batch: ExpertBatch) -> ExpertBatch:
-        """The batch with the dtypes in which this contender is given it in practice."""
+    def kernel(self, case: Case) -> str:
+        """What runs the case: a kernel's name, or the contender's own."""
+        return self.name
+
+    def weights(self, case: Case) -> str:
+        """The format of the weights that it reads."""
+        return case.weights.value
+
+    def expert_bytes(self, case: Case) -> int:
+        """Bytes that it reads of an expert."""
+        return case.expert_bytes
+
+    def holds(self, case: Case) -> str:
+        """A name for the weights that it keeps; those of one name are in memory once."""
+        return self.name
+
+    def prepare(self, case: Case, batch: ExpertBatch) -> Any:
+        """The batch in the form in which this contender is given it in practice."""
         return batch
 
 
 @dataclass(frozen=True)
 class KernelContender(Contender):
-    """`RoutedExperts` with one of our kernels, by name."""
+    """`RoutedExperts` with one of our kernels by name, or with the preferred one."""
 
     name: str
     is_ours: bool = True
 
     def refusal(self, case: Case) -> str | None:
-        if self.name == "reference" and case.flops > 2**30:
+        try:
+            kernel = self.kernel(case)
+        except NoKernelFits as error:
+            return str(error)
+        if kernel == "reference" and case.flops > 2**30:
             return "a loop over rows, too slow for this size"
-        return None
+        return get_kernel(kernel).unsupported(_problem(case))
 
-    def bind(self, config: ExpertsConfig, weights: WeightSet) -> RunBatch:
-        experts = RoutedExperts(config, options=ExpertsOptions(kernel=self.name), device="meta")
-        own = not get_kernel(self.name).shares_memory  # it frees what it packs
-        for name, tensor in weights.items():
-            setattr(experts, name, nn.Parameter(tensor.clone() if own else tensor))
+    def kernel(self, case: Case) -> str:
+        return select_kernel(_problem(case)).kernel.name if self.name == PREFERRED else self.name
+
+    def holds(self, case: Case) -> str:
+        kernel = get_kernel(self.kernel(case))
+        return STACKS if kernel.shares_memory else kernel.name
+
+    def bind(self, layer: Layer) -> RunBatch:
+        options = ExpertsOptions(kernel=self.kernel(layer.case))
+        experts = RoutedExperts(layer.case.shape.experts, weights=layer.stacks, options=options)
+        problem = experts.problem(layer.case.dtype, needs_grad=False)
+        experts.pack(experts.decide(problem).kernel)
         return experts.run_batch
 
 
-@dataclass(frozen=True)
-class TransformersContender(Contender):
-    """An experts implementation of Transformers, on a module with the same arithmetic."""
-
-    name: str
-    is_ours: bool = False
-
-    def refusal(self, case: Case) -> str | None:
-        if _module_class(case.shape.experts) is None:
-            return "Transformers has no module for these experts here"
-        # It copies the first projection of every slot's expert: two thirds of a gated expert.
-        copied = case.num_slots * case.expert_bytes * 2 // 3
-        if self.name == "batched_mm" and copied > MEMORY_SHARE * free_memory():
-            return f"copies {copied / 1e9:.0f} GB of weights"
-        return None
-
-    def bind(self, config: ExpertsConfig, weights: WeightSet) -> RunBatch:
-        build = _module_class(config)
-        assert build is not None
-        hf_config = SimpleNamespace(
-            _experts_implementation=self.name,
-            num_experts=config.num_experts,
-            num_local_experts=config.num_experts,
-            hidden_size=config.hidden_size,
-            moe_intermediate_size=config.intermediate_size,
-            intermediate_size=config.intermediate_size,
-            hidden_act="silu",
-            swiglu_alpha=config.activation.alpha,
-            swiglu_limit=config.activation.limit,
-        )
-        with torch.device("meta"):
-            experts = build(hf_config)
-        for name, tensor in weights.items():
-            setattr(experts, name, nn.Parameter(tensor))
-
-        def run_batch(batch: ExpertBatch) -> Tensor:
-            out = experts(batch.hidden_states, batch.local_ids, batch.topk_weights)
-            assert isinstance(out, Tensor)
-            return out
-
-        return run_batch
-
-    def prepare(self, batch: ExpertBatch) -> ExpertBatch:
-        """The batch as a Transformers router gives it: int64 ids, weights in the rows' dtype."""
-        return ExpertBatch(
-            batch.hidden_states,
-            batch.local_ids.long(),
-            batch.topk_weights.to(batch.hidden_states.dtype),
-        )
-
-
-def _module_class(config: ExpertsConfig) -> Callable[[SimpleNamespace], nn.Module] | None:
-    plain = ExpertsConfig(
-        num_experts=config.num_experts,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+def _problem(case: Case) -> ExpertsProblem:
+    scheme = case.weights.scheme
+    return ExpertsProblem(
+        experts=case.shape.experts,
+        schemes=(scheme,),
+        row_dtype=case.dtype,
+        device="cpu",
     )
-    if config == plain:
-        return Qwen3MoeExperts  # type: ignore[no-any-return]
-    is_gpt_oss = (config.gate_up, config.is_transposed, config.has_bias, config.activation) == (
-        GateUp.INTERLEAVED,
-        True,
-        True,
-        SWIGLU_OAI,
-    )
-    return GptOssExperts if is_gpt_oss else None
 
 
-def free_memory() -> int:
-    """Bytes of memory free now, without what the system could take back from its caches."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def refusals(case: Case, contenders: Sequence[Contender]) -> dict[str, str]:
+    """Why contenders are not run, by name: their own reasons, and weights that do not fit.
 
+    Ours go first; a peer is left out where its weights do not fit beside those before it.
 
-TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
-"""The experts implementations of Transformers that run on any device."""
-
-
-def find_contenders(names: list[str]) -> list[Contender]:
-    """Contenders by name, in the order given; the error lists the names."""
-    found: list[Contender] = []
-    for name in names:
-        if name in TRANSFORMERS:
-            found.append(TransformersContender(name))
-        elif name in kernel_names():
-            found.append(KernelContender(name))
+    Raises:
+        InputError: the weights of one of ours do not fit.
+    """
+    limit = min(MEMORY_LIMIT, available_memory())
+    num_experts = case.shape.experts.num_experts
+    taken = {STACKS: num_experts * case.expert_bytes}  # one layer, from which others are made
+    found: dict[str, str] = {}
+    for contender in sorted(contenders, key=lambda c: not c.is_ours):
+        reason = contender.refusal(case)
+        if reason is not None:
+            found[contender.name] = reason
+            continue
+        each = contender.expert_bytes(case)
+        needed = num_weight_sets(case, each) * num_experts * each
+        kind = contender.holds(case)
+        more = {**taken, kind: max(needed, taken.get(kind, 0))}
+        if sum(more.values()) <= limit:
+            taken = more
+        elif contender.is_ours:
+            raise InputError(
+                f"the weights of {case} ({sum(more.values()) / 1e9:.1f} GB) must fit in memory; "
+                f"got room for {limit / 1e9:.1f} GB. Take another shape, narrower weights or "
+                f"fewer kernels, or end other programs."
+            )
         else:
-            choices = ", ".join((*kernel_names(), *TRANSFORMERS))
-            raise ConfigError(
-                f"contender ({name!r}) must be one of {choices}; got an unknown name. "
-                "Use one of these."
+            found[contender.name] = (
+                f"its {needed / 1e9:.1f} GB of weights do not fit beside the others in "
+                f"{limit / 1e9:.1f} GB"
             )
     return found
+
+
+def rotate(layers: Sequence[RunBatch], batches: Sequence[Any]) -> Callable[[int], Tensor]:
+    """Call `number` runs another layer and another routing than the call before it."""
+
+    @torch.no_grad()
+    def call(number: int) -> Tensor:
+        return layers[number % len(layers)](batches[number % len(batches)])
+
+    return call

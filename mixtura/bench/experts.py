@@ -2,92 +2,60 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import gc
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mixtura.bench.cases import Case, WeightSet, num_weight_sets, random_batches, random_weights
-from mixtura.bench.contenders import Contender, RunBatch
-from mixtura.bench.machine import Machine, dtype_name, read_bandwidth
-from mixtura.bench.measure import Timing, interleave, relative_error
-from mixtura.config import ExpertsConfig
-from mixtura.experts import RoutedExperts
+from mixtura.bench.cases import Case
+from mixtura.bench.contenders import Contender, Layer, RunBatch, refusals, rotate
+from mixtura.bench.machine import Arithmetic, Machine, read_bandwidth
+from mixtura.bench.measure import interleave, relative_error
+from mixtura.bench.results import CaseResult, ContenderResult, Floor
+from mixtura.bench.weights import LayerWeights, num_weight_sets, random_batches
 from mixtura.kernels.reference.activation import activate, split_gate_up
-from mixtura.quant.scheme import QuantizedMatrix
 from mixtura.types import ExpertBatch
 
 NUM_BATCHES = 16
 """Routings that take turns, so that no call visits the experts of the call before it."""
 
-TOLERANCE = {
-    torch.float64: 1e-5,  # the truth is fp32
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 2e-2,
-}
-"""Largest relative error of a correct result; three times what a correct kernel shows, or more."""
+DENSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+INT8_TOLERANCE = 5e-2
+"""Largest relative error (Frobenius) of a correct result, against fp32 with dequantized weights:
+above what a correct kernel shows, 3.5e-2 with int8 activations scaled by token."""
 
 PROBE_SECONDS = 0.3
-"""Bandwidth drifts on a shared machine, so it is probed before and after every case."""
+"""Bandwidth drifts on a shared machine, so it is probed just before and just after every case."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One contender on one case.
+def run_cases(
+    cases: Sequence[Case], contenders: Sequence[Contender], machine: Machine, *, seconds: float
+) -> Iterator[CaseResult]:
+    """Run cases in order, one at a time in memory; see `run_case`.
 
-    Attributes:
-        limit_seconds: what the measured limits allow: the longer of reading the weights that are
-            touched and of the products at the peak rate.
-        limited_by: "memory" or "compute", whichever of the two is longer.
-        bandwidth: bytes per second, probed beside this case.
-        bytes_touched: of weights, the mean over the routings.
-        timing, relative_error: None where the contender was not run; `refusal` says why.
+    Raises:
+        InputError: the weights of a case do not fit in memory; told before the first case runs.
     """
-
-    shape: str
-    num_tokens: int
-    dtype: str
-    contender: str
-    is_ours: bool
-    bytes_touched: int
-    flops: int
-    bandwidth: float
-    limit_seconds: float
-    limited_by: str
-    timing: Timing | None = None
-    relative_error: float | None = None
-    is_correct: bool | None = None
-    refusal: str | None = None
-
-    @property
-    def fraction_of_limit(self) -> float | None:
-        """1.0 is the limit itself."""
-        return None if self.timing is None else self.limit_seconds / self.timing.median
-
-    def to_json(self) -> str:
-        """One line; the keys are those that `docs/benchmarks/cpu.md` lists."""
-        record: dict[str, Any] = {"record": "experts", **dataclasses.asdict(self)}
-        timing = record.pop("timing") or dict.fromkeys(f.name for f in dataclasses.fields(Timing))
-        for name in ("median", "minimum", "maximum"):
-            record[f"{name}_seconds"] = timing[name]
-        for name in ("repetitions", "disturbed"):
-            record[name] = timing[name]
-        return json.dumps({**record, "fraction_of_limit": self.fraction_of_limit})
-
-
-def machine_json(machine: Machine) -> str:
-    """The machine's line, the first of a file of results."""
-    return json.dumps({"record": "machine", **dataclasses.asdict(machine)})
+    for case in cases:
+        refusals(case, contenders)
+    source: LayerWeights | None = None
+    for case in cases:
+        if source is None or (source.shape, source.format) != (case.shape, case.weights):
+            source = None  # its drawn expert makes room
+            source = LayerWeights(case.shape, case.weights)
+        yield run_case(case, contenders, machine, seconds=seconds, source=source)
+        gc.collect()
 
 
 def run_case(
-    case: Case, contenders: Sequence[Contender], machine: Machine, *, seconds: float
-) -> list[Result]:
+    case: Case,
+    contenders: Sequence[Contender],
+    machine: Machine,
+    *,
+    seconds: float,
+    source: LayerWeights | None = None,
+) -> CaseResult:
     """Check every contender against the truth, then time them in turns.
 
     A contender with a wrong result is timed all the same, and shown as wrong.
@@ -95,71 +63,91 @@ def run_case(
     Args:
         case: what to run.
         contenders: who runs it; those that refuse appear in the results with their reason.
-        machine: whose peak the limit is taken from.
+        machine: whose peak the floor is taken from.
         seconds: for the timing of all contenders together.
+        source: the experts, if they are made already.
+
+    Raises:
+        InputError: the weights do not fit in memory.
     """
-    config = case.shape.experts
-    refusals = {c.name: c.refusal(case) for c in contenders}
-    running = [c for c in contenders if refusals[c.name] is None]
+    refused = refusals(case, contenders)
+    running = [c for c in contenders if c.name not in refused]
+    source = source or LayerWeights(case.shape, case.weights)
     batches = random_batches(case, NUM_BATCHES, seed=1)
-    sets = [random_weights(config, case.dtype, seed) for seed in range(num_weight_sets(case))]
-    with torch.no_grad():
-        calls = {c.name: _rotate(c, config, sets, batches) for c in running}
-        truth = true_output(config, sets[0], batches[0])
-        errors = {name: relative_error(call(0), truth) for name, call in calls.items()}
-        before = read_bandwidth(PROBE_SECONDS)
-        timings = interleave(calls, seconds=seconds) if calls else {}
-        bandwidth = max(before, read_bandwidth(PROBE_SECONDS))
-    touched = sum(case.bytes_touched(batch) for batch in batches) // len(batches)
-    reading = touched / bandwidth
-    multiplying = case.flops / machine.peak_flops[dtype_name(case.dtype)]
-    return [
-        Result(
-            shape=case.shape.name,
-            num_tokens=case.num_tokens,
-            dtype=dtype_name(case.dtype),
-            contender=c.name,
-            is_ours=c.is_ours,
-            bytes_touched=touched,
-            flops=case.flops,
-            bandwidth=bandwidth,
-            limit_seconds=max(reading, multiplying),
-            limited_by="memory" if reading >= multiplying else "compute",
-            timing=timings.get(c.name),
-            relative_error=errors.get(c.name),
-            is_correct=errors[c.name] <= TOLERANCE[case.dtype] if c.name in errors else None,
-            refusal=refusals[c.name],
-        )
-        for c in contenders
-    ]
+    calls = _bind(case, running, source, batches)
+    truth = true_output(source, batches[0])
+    errors = {name: relative_error(call(0), truth) for name, call in calls.items()}
+    before = read_bandwidth(PROBE_SECONDS)
+    timings = interleave(calls, seconds=seconds) if calls else {}
+    after = read_bandwidth(PROBE_SECONDS)
+    floor = Floor(
+        weight_bytes=sum(case.bytes_touched(batch) for batch in batches) // len(batches),
+        flops=case.flops,
+        bandwidth_before=before,
+        bandwidth_after=after,
+        peak=machine.peak[case.arithmetic.value],
+    )
+    return CaseResult(
+        case=case,
+        machine=machine,
+        floor=floor,
+        contenders=tuple(
+            ContenderResult(
+                name=c.name,
+                kernel=c.name if c.name in refused else c.kernel(case),
+                weights=c.weights(case),
+                is_ours=c.is_ours,
+                timing=timings.get(c.name),
+                relative_error=errors.get(c.name),
+                is_correct=errors[c.name] <= tolerance(case) if c.name in errors else None,
+                refusal=refused.get(c.name),
+            )
+            for c in contenders
+        ),
+    )
 
 
-def _rotate(
-    contender: Contender,
-    config: ExpertsConfig,
-    sets: Sequence[WeightSet],
+def tolerance(case: Case) -> float:
+    """The largest relative error of a correct result."""
+    return INT8_TOLERANCE if case.arithmetic is Arithmetic.INT8 else DENSE_TOLERANCE[case.dtype]
+
+
+def _bind(
+    case: Case,
+    contenders: Sequence[Contender],
+    source: LayerWeights,
     batches: Sequence[ExpertBatch],
-) -> Callable[[int], Tensor]:
-    """Call `number` runs another layer and another routing than the call before it."""
-    layers: list[RunBatch] = [contender.bind(config, weights) for weights in sets]
-    prepared = [contender.prepare(batch) for batch in batches]
+) -> dict[str, Callable[[int], Tensor]]:
+    """Functions by contender, each with as many layers as its own weights need to come from memory.
 
-    def call(number: int) -> Tensor:
-        return layers[number % len(layers)](prepared[number % len(prepared)])
+    Every layer has run once: packing and compiling are not timed.
+    """
+    layers: dict[str, list[RunBatch]] = {c.name: [] for c in contenders}
+    num_layers = {c.name: num_weight_sets(case, c.expert_bytes(case)) for c in contenders}
+    for number in range(max(num_layers.values(), default=0)):
+        layer = Layer(case, source, number)
+        for contender in contenders:
+            if number < num_layers[contender.name]:
+                layers[contender.name].append(contender.bind(layer))
+    calls = {
+        c.name: rotate(layers[c.name], [c.prepare(case, batch) for batch in batches])
+        for c in contenders
+    }
+    for name, call in calls.items():
+        for number in range(num_layers[name]):
+            call(number)
+    return calls
 
-    return call
 
+@torch.no_grad()
+def true_output(source: LayerWeights, batch: ExpertBatch, layer: int = 0) -> Tensor:
+    """The layer in fp32 on the weights that the format stands for, by expert. -> (M,H) fp32."""
+    config = source.shape.experts
 
-def true_output(config: ExpertsConfig, weights: WeightSet, batch: ExpertBatch) -> Tensor:
-    """The layer in fp32 whatever the dtype, expert by expert. -> (M,H) fp32."""
-    experts = RoutedExperts(config, device="meta")
-    for name, tensor in weights.items():
-        setattr(experts, name, torch.nn.Parameter(tensor))
-    stacks = experts.expert_weights
-
-    def project(stack: QuantizedMatrix, bias: Tensor | None, expert: int, x: Tensor) -> Tensor:
-        y = x @ stack.values[expert].float().T
-        return y if bias is None else y + bias[expert].float()
+    def project(role: str, bias_role: str, expert: int, x: Tensor) -> Tensor:
+        y = x @ source.true_weight(role, layer, expert).T
+        bias = source.true_bias(bias_role, layer, expert)
+        return y if bias is None else y + bias
 
     rows = batch.hidden_states.float()
     out = torch.zeros_like(rows)
@@ -168,11 +156,9 @@ def true_output(config: ExpertsConfig, weights: WeightSet, batch: ExpertBatch) -
         if tokens.numel() == 0:
             continue
         x = rows[tokens]
-        first = project(stacks.gate_up_proj, stacks.gate_up_bias, expert, x)
-        gate, up = split_gate_up(first, config.gate_up)
-        if stacks.up_proj is not None:
-            up = project(stacks.up_proj, None, expert, x)
-        hidden = activate(gate, up, config.activation)
-        y = project(stacks.down_proj, stacks.down_bias, expert, hidden)
+        gate, up = split_gate_up(project("gate_up_proj", "gate_up_bias", expert, x), config.gate_up)
+        if "up_proj" in source.shape.matrices:
+            up = project("up_proj", "", expert, x)
+        y = project("down_proj", "down_bias", expert, activate(gate, up, config.activation))
         out.index_add_(0, tokens, y * batch.topk_weights[tokens, slots, None].float())
     return out

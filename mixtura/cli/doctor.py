@@ -30,6 +30,11 @@ INSTRUCTIONS = {
 }
 """Instruction sets: flags of /proc/cpuinfo, of which any will do, and what the lack costs."""
 
+NO_CPP_COST = "experts run through torch, which widens 8- and 4-bit weights at every call"
+NO_FLAGS_COST = "the portable kernels run, as fast as the compiler made them"
+POOL_COST = "no OpenMP of torch's was found: two sets of threads share the cores"
+"""What it costs to have no C++ kernels, none for this processor, or threads beside torch's."""
+
 PROBE_SECONDS = 1.0
 PROBE_BYTES = 2**30
 """The bandwidth probe is left out where less memory than this is free."""
@@ -52,6 +57,21 @@ class Cpu:
     num_cores: int
     num_threads: int
     features: tuple[Feature, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CppKernels:
+    """The C++ kernels of experts on a CPU; `problem` is None where they are built.
+
+    `path` is the instruction set whose kernels run, `paths` those that could, `flags` what the
+    kernels see of the processor, `threads` whose threads they run on.
+    """
+
+    problem: str | None
+    path: str | None = None
+    paths: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    threads: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +127,7 @@ class Diagnosis:
     mixtura: str
     python: str
     cpu: Cpu
+    cpp_kernels: CppKernels
     memory: Memory
     gpus: tuple[Gpu, ...]
     packages: tuple[Package, ...]
@@ -136,6 +157,7 @@ def diagnose() -> Diagnosis:
         mixtura=mixtura.__version__,
         python=platform.python_version(),
         cpu=find_cpu(),
+        cpp_kernels=find_cpp_kernels(),
         memory=find_memory(),
         gpus=find_gpus(),
         packages=find_packages(),
@@ -170,6 +192,28 @@ def find_cpu() -> Cpu:
         num_cores=num_usable_cores(),
         num_threads=torch.get_num_threads(),
         features=features,
+    )
+
+
+def find_cpp_kernels() -> CppKernels:
+    """Whether the C++ kernels are built, and which of them run."""
+    from mixtura.kernels.cpu.extension import (
+        cpu_flags,
+        current_path,
+        extension,
+        missing,
+        runnable_paths,
+    )
+
+    problem = missing()
+    if problem is not None:
+        return CppKernels(problem=problem)
+    return CppKernels(
+        problem=None,
+        path=current_path(),
+        paths=runnable_paths(),
+        flags=cpu_flags(),
+        threads=extension().threads(),
     )
 
 
@@ -288,7 +332,8 @@ def find_kernels() -> tuple[KernelChoice, ...]:
 
     from mixtura.config import ExpertsConfig
     from mixtura.kernels import select_kernel
-    from mixtura.types import DENSE, ExpertsProblem
+    from mixtura.quant.scheme import QuantScheme
+    from mixtura.types import ExpertsProblem
 
     experts = ExpertsConfig(num_experts=8, hidden_size=256, intermediate_size=128)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -297,7 +342,9 @@ def find_kernels() -> tuple[KernelChoice, ...]:
         for name, dtype in dtypes.items():
             kernel: str | None
             try:
-                decision = select_kernel(ExpertsProblem(experts, DENSE, dtype, dtype, device))
+                decision = select_kernel(
+                    ExpertsProblem(experts, (QuantScheme.dense(dtype),), dtype, device)
+                )
                 kernel = decision.kernel.name
                 reasons = tuple((r.kernel, r.reason) for r in decision.rejections)
             except NoKernelFits as error:
@@ -333,6 +380,7 @@ def rows_of(found: Diagnosis) -> list[tuple[str, str, str]]:
     for feature in found.cpu.features:
         here = {True: "yes", False: "no", None: "unknown"}[feature.is_here]
         rows.append((feature.name, here, feature.cost if feature.is_here is False else ""))
+    rows += _cpp_rows(found.cpp_kernels)
     rows.append(("memory", _memory(found.memory), ""))
     bandwidth = found.memory.bandwidth
     rows.append(
@@ -357,6 +405,17 @@ def rows_of(found: Diagnosis) -> list[tuple[str, str, str]]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
         rows.append((f"{choice.device} kernel", here, reasons))
     return rows
+
+
+def _cpp_rows(cpp: CppKernels) -> list[tuple[str, str, str]]:
+    if cpp.problem is not None:
+        return [("C++ kernels", "not built", f"{NO_CPP_COST}; {cpp.problem}")]
+    others = ", ".join(path for path in cpp.paths if path != cpp.path)
+    return [
+        ("C++ kernels", f"{cpp.path} (could run: {others or 'no other'})", ""),
+        ("C++ flags", ", ".join(cpp.flags) or "none", "" if cpp.flags else NO_FLAGS_COST),
+        ("C++ threads", cpp.threads or "", "" if cpp.threads == "openmp" else POOL_COST),
+    ]
 
 
 def _threads_cost(cpu: Cpu) -> str:

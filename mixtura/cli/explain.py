@@ -10,7 +10,7 @@ import typer
 
 from mixtura.cli.doctor import memory_sizes
 from mixtura.cli.loading import DtypeName, quiet
-from mixtura.cli.options import Debug, Kernel, Model, model_or_demo
+from mixtura.cli.options import Debug, Kernel, Model, Weights, model_or_demo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,7 @@ def explain(
     dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of the weights; auto is the checkpoint's.")
     ] = DtypeName.AUTO,
+    weights: Weights = None,
     kernel: Kernel = None,
     strict: Annotated[
         bool,
@@ -56,6 +57,7 @@ def explain(
             name,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=None if dtype is DtypeName.AUTO else getattr(torch, dtype.for_torch),
+            weights=weights,
             kernel=kernel,
             strict=strict,
         )
@@ -182,7 +184,8 @@ def _experts_rows(experts: ExpertsExplanation, num_layers: int) -> dict[str, str
         layer = " a layer" if num_layers > 1 else ""
         rows["per token"] = f"{size(experts.bytes_per_token)}{layer} at most: {', '.join(parts)}"
     fallback = ", a fallback" if experts.is_fallback else ""
-    rows["kernel"] = f"{experts.kernel}{fallback}"
+    path = f": {experts.kernel_path}" if experts.kernel_path is not None else ""
+    rows["kernel"] = f"{experts.kernel}{path}{fallback}"
     return rows
 
 

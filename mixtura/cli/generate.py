@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
-from mixtura.cli.options import Debug, Device, Kernel, Model
+from mixtura.cli.options import Debug, Device, Kernel, Linears, Model, Weights
 from mixtura.config import GatePrecision
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def generate(
     dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of the weights; auto is the checkpoint's.")
     ] = DtypeName.AUTO,
+    weights: Weights = None,
+    linears: Linears = None,
     kernel: Kernel = None,
     strict: Annotated[
         bool,
@@ -86,6 +88,8 @@ def generate(
             model=model,
             device=device,
             dtype=dtype,
+            weights=weights,
+            linears=linears,
             kernel=kernel,
             strict=strict,
             gate=gate,
@@ -105,7 +109,7 @@ def generate(
         was_interrupted = True
     if meter.num_prompt_tokens:
         write("\n")
-        print_summary(meter.result(), loaded, kernels)
+        print_summary(meter.result(), loaded, kernels, words_of_formats(weights, linears))
     if was_interrupted:
         raise KeyboardInterrupt
 
@@ -132,8 +136,20 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def print_summary(result: Generation, model: PreTrainedModel, kernels: dict[str, int]) -> None:
-    """Print the figures, one to a line."""
+def words_of_formats(weights: str | None, linears: str | None) -> str | None:
+    """What the weights are kept in, where that was asked for."""
+    from mixtura.hf.loader import LoadFormats
+
+    formats = LoadFormats.parse(weights, linears)
+    found = {"experts": formats.weights, "linear layers": formats.linears}
+    words = [f"{name} in {format.value}" for name, format in found.items() if format is not None]
+    return ", ".join(words) or None
+
+
+def print_summary(
+    result: Generation, model: PreTrainedModel, kernels: dict[str, int], formats: str | None
+) -> None:
+    """Print the figures, one to a line; `formats` says what the weights are kept in, or is None."""
     from mixtura.hf import moe_layers
 
     layers = moe_layers(model)
@@ -152,6 +168,8 @@ def print_summary(result: Generation, model: PreTrainedModel, kernels: dict[str,
         "kernel": f"{kernel} on {model.device}",
         "MoE layers": f"{num_ours} of {len(layers)} taken over{experts_only}",
     }
+    if formats is not None:
+        rows["weights"] = formats
     for name, value in rows.items():
         print(f"{name:<11}  {value}", file=sys.stderr)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
-from mixtura.cli.options import Debug, Device, Kernel, Model
+from mixtura.cli.options import Debug, Device, Kernel, Model, Weights
 from mixtura.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def inspect(
     dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of the weights; auto is the checkpoint's.")
     ] = DtypeName.AUTO,
+    weights: Weights = None,
     kernel: Kernel = None,
     debug: Debug = False,
 ) -> None:
@@ -61,7 +62,9 @@ def inspect(
         if png is not None:
             require_matplotlib()
     loaded, tokenizer = load(
-        LoadOptions(model=model, device=device, dtype=dtype, kernel=kernel, debug=debug)
+        LoadOptions(
+            model=model, device=device, dtype=dtype, weights=weights, kernel=kernel, debug=debug
+        )
     )
     with quiet(debug):
         encoded = encode_text(tokenizer, source, max_tokens=max_tokens)

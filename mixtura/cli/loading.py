@@ -40,6 +40,8 @@ class LoadOptions:
     model: str | None = None
     device: str | None = None
     dtype: DtypeName = DtypeName.AUTO
+    weights: str | None = None
+    linears: str | None = None
     kernel: str | None = None
     strict: bool = False
     gate: GatePrecision = GatePrecision.FP32
@@ -56,15 +58,17 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     with quiet(options.debug):
         from mixtura.hf import convert
         from mixtura.hf.load import load_config, load_stock, load_tokenizer, parse_device
+        from mixtura.hf.loader import LoadFormats
         from mixtura.kernels import get_kernel
 
         if options.kernel is not None:
             get_kernel(options.kernel)  # an unknown name is told before the weights are read
+        formats = LoadFormats.parse(options.weights, options.linears)
         device = parse_device(options.device)
         name = model_or_demo(options.model)
         load_config(name)  # what is wrong with it is told before the tokenizer trips over it
         tokenizer = load_tokenizer(name)
-        stock: Any = load_stock(name, dtype=options.dtype.for_torch)
+        stock: Any = load_stock(name, formats, dtype=options.dtype.for_torch)
         # Kernels are chosen for the device on which they will run.
         model = convert(
             stock.to(device),

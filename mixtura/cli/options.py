@@ -23,6 +23,20 @@ Device = Annotated[
     typer.Option(help="Where the model runs: cpu, cuda, cuda:1. Default: a GPU if there is one."),
 ]
 Kernel = Annotated[str | None, typer.Option(help="Insist on one experts kernel by name.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the experts in this format: int4, int8, mxfp4, bf16, ... Default: as --dtype.",
+        metavar="FORMAT",
+    ),
+]
+Linears = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep attention projections and output head in this format, such as int8.",
+        metavar="FORMAT",
+    ),
+]
 Debug = Annotated[
     bool,
     typer.Option(

@@ -13,6 +13,7 @@ from mixtura.config.choice import (
 from mixtura.config.experts import (
     SWIGLU_OAI,
     Activation,
+    ActivationDtype,
     ActivationFunction,
     ExpertsConfig,
     GateUp,
@@ -48,6 +49,7 @@ __all__ = [
     "MAX_ELEMENTS",
     "SWIGLU_OAI",
     "Activation",
+    "ActivationDtype",
     "ActivationFunction",
     "Choice",
     "DroppedGroup",

@@ -22,6 +22,17 @@ class ActivationFunction(Choice):
     IDENTITY = "identity"
 
 
+class ActivationDtype(Choice):
+    """The arithmetic of products with quantized weights: what the activations are rounded to.
+
+    INT8 has a scale for each row and group of columns; BF16 is nearer to the truth and slower. A
+    processor without products of bf16 takes fp32 in its place.
+    """
+
+    INT8 = "int8"
+    BF16 = "bf16"
+
+
 class LimitOn(Choice):
     """Which value the limit clamps: the gate before the function, or the function's result."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mixtura.config.choice import Choice, require_positive
-from mixtura.config.experts import Activation, ExpertsConfig
+from mixtura.config.experts import Activation, ActivationDtype, ExpertsConfig
 from mixtura.config.routing import NoComputeKind, RoutingConfig
 from mixtura.errors import ConfigError
 
@@ -89,6 +89,7 @@ class MoEConfig:
         has_latent: a projection into and out of the experts' width goes around the routed experts.
         deterministic: bitwise the same row whatever else is in the batch.
         debug: check logits and ids on every call.
+        activation_dtype: the arithmetic with quantized experts; None leaves it to the kernel.
     """
 
     hidden_size: int
@@ -101,6 +102,7 @@ class MoEConfig:
     has_latent: bool = False
     deterministic: bool = False
     debug: bool = False
+    activation_dtype: ActivationDtype | None = None
 
     def __post_init__(self) -> None:
         require_positive("hidden_size", self.hidden_size)

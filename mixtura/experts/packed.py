@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixtura.config import ExpertsConfig, WeightOn
+from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
 from mixtura.errors import GradientUnsupported, InputError
 from mixtura.experts.storage import Storage, read_weights, tensor_of
 from mixtura.kernels import ExpertsKernel, KernelDecision, select_kernel
-from mixtura.types import DENSE, ExpertBatch, ExpertsProblem, ExpertWeights, RoutingObserver
+from mixtura.kernels.keys import Keys
+from mixtura.quant.scheme import QuantScheme
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights, RoutingObserver
 
 _PACKING = threading.RLock()
 """Held while weights change form, so that threads that share experts pack them once."""
+
+_KEYS: Keys[PackedExperts] = Keys("the experts")
+"""Experts that compiled graphs call by key; see `_call_experts`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +34,14 @@ class ExpertsOptions:
         strict: an error where the preferred one cannot run.
         deterministic: only kernels whose rows do not depend on the batch.
         weight_on: where the routing weight applies.
+        activation_dtype: the arithmetic with quantized weights.
     """
 
     kernel: str | None = None
     strict: bool = False
     deterministic: bool = False
     weight_on: WeightOn = WeightOn.OUTPUT
+    activation_dtype: ActivationDtype | None = None
 
 
 Fingerprint = tuple[tuple[int, int, int], ...]
@@ -49,6 +56,8 @@ class HeldWeights:
         kernel, packed: the kernel, and what it holds.
         is_only_copy: the storage they were packed from has been freed.
         fingerprint: of the stored tensors once they were packed (and freed).
+        freed: the stored tensors by role, where they have been freed; a parametrization may have
+            taken them elsewhere since.
         spare_rows: rows by role that were stored but are no experts.
     """
 
@@ -56,14 +65,22 @@ class HeldWeights:
     packed: Any
     is_only_copy: bool
     fingerprint: Fingerprint
+    freed: Mapping[str, Tensor]
     spare_rows: Mapping[str, Tensor]
 
 
 @dataclass(slots=True)
 class PackedState:
-    """What is remembered between calls: kernels by problem, and the weights one of them holds."""
+    """What is remembered between calls: kernels by problem, and the weights one of them holds.
+
+    `choices` are the problems and kernels of calls by what can differ from call to call: a decode
+    step asks in every layer, and making a problem and hashing it took as long as a small layer.
+    """
 
     decisions: dict[ExpertsProblem, KernelDecision] = field(default_factory=dict)
+    choices: dict[tuple[object, ...], tuple[ExpertsProblem, ExpertsKernel]] = field(
+        default_factory=dict
+    )
     held: HeldWeights | None = None
 
 
@@ -81,7 +98,9 @@ class PackedExperts(nn.Module):
     storage: Storage
     given: ExpertWeights | None
     state: PackedState
+    key: Tensor
     observers: tuple[RoutingObserver, ...]
+    row_dtype: torch.dtype | None = None
 
     def adopt(
         self,
@@ -96,7 +115,12 @@ class PackedExperts(nn.Module):
         self.storage = storage
         self.given = given
         self.state = PackedState()
+        self._take_key()
         self.observers = ()
+
+    def _take_key(self) -> None:
+        self.key = _KEYS.new()
+        _KEYS.name(self.key, self)
 
     @property
     def expert_weights(self) -> ExpertWeights:
@@ -108,21 +132,22 @@ class PackedExperts(nn.Module):
             return self.given
         return read_weights(self, self.experts_config, self.storage)
 
-    def problem(self, activation_dtype: torch.dtype, *, needs_grad: bool) -> ExpertsProblem:
+    def problem(self, row_dtype: torch.dtype, *, needs_grad: bool) -> ExpertsProblem:
         """What a kernel would be asked to run now."""
         if self.given is not None:
-            first, scheme = self.given.gate_up_proj.values, self.given.scheme
+            first, schemes = self.given.gate_up_proj.values, self.given.schemes
         else:
-            first, scheme = self.storage["gate_up_proj"].read(self), DENSE
+            first = self.storage["gate_up_proj"].read(self)
+            schemes = (QuantScheme.dense(first.dtype),)
         return ExpertsProblem(
             experts=self.experts_config,
-            scheme=scheme,
-            weight_dtype=first.dtype,
-            activation_dtype=activation_dtype,
+            schemes=schemes,
+            row_dtype=row_dtype,
             device=first.device.type,
             weight_on=self.options.weight_on,
             needs_grad=needs_grad,
             is_deterministic=self.options.deterministic,
+            activation_dtype=self.options.activation_dtype,
         )
 
     def decide(self, problem: ExpertsProblem) -> KernelDecision:
@@ -134,7 +159,7 @@ class PackedExperts(nn.Module):
         """
         decision = self.state.decisions.get(problem)
         if decision is None:
-            if problem.needs_grad and problem.scheme != DENSE:
+            if problem.needs_grad and not problem.is_dense:
                 raise GradientUnsupported(
                     f"the experts' weights ({problem.scheme}) must be dense to have gradients; got "
                     f"quantized ones. Use torch.no_grad(), or load the model dense."
@@ -154,16 +179,37 @@ class PackedExperts(nn.Module):
             GradientUnsupported: gradients are needed of quantized weights.
         """
         rows = batch.hidden_states
+        if "parametrizations" in self._modules:
+            self.materialize()  # before anything is computed from freed parameters
         needs_grad = torch.is_grad_enabled() and (
             rows.requires_grad
             or batch.topk_weights.requires_grad
             or any(tensor.requires_grad for tensor in self._sources())
         )
-        problem = self.problem(rows.dtype, needs_grad=needs_grad)
-        self._check(batch, problem)
-        kernel = self.decide(problem).kernel
+        kernel = self._kernel_for(batch, needs_grad)
+        if torch.compiler.is_compiling() and not kernel.packs_in_graphs and not self._holds(kernel):
+            out: Tensor = torch.ops.mixtura.experts(
+                rows, batch.local_ids, batch.topk_weights, self.key, reduce
+            )
+            return out
         packed = self.pack(kernel)
         return kernel.run(packed, batch, weight_on=self.options.weight_on, reduce=reduce)
+
+    def _kernel_for(self, batch: ExpertBatch, needs_grad: bool) -> ExpertsKernel:
+        """Check a batch; -> the kernel that runs it."""
+        dtype = batch.hidden_states.dtype
+        first = None if self.given is not None else self.storage["gate_up_proj"].read(self)
+        stored = () if first is None else (first.dtype, first.device.type)
+        key = (dtype, needs_grad, *stored)
+        found = self.state.choices.get(key)
+        if found is not None:
+            self._check(batch, found[0])
+            return found[1]
+        problem = self.problem(dtype, needs_grad=needs_grad)
+        self._check(batch, problem)
+        kernel = self.decide(problem).kernel
+        self.state.choices[key] = (problem, kernel)
+        return kernel
 
     def _check(self, batch: ExpertBatch, problem: ExpertsProblem) -> None:
         rows, width = batch.hidden_states, self.experts_config.hidden_size
@@ -178,16 +224,16 @@ class PackedExperts(nn.Module):
                 f"local_ids and topk_weights ({shapes[0]}, {shapes[1]}) must both be (rows, "
                 f"top_k); got {rows.shape[0]} rows. Give every row its ids and weights."
             )
-        dtype = problem.weight_dtype if problem.scheme == DENSE else None
-        check_rows(rows, problem.device, dtype)
+        has_one_dtype = problem.is_dense and self.row_dtype is None
+        check_rows(rows, problem.device, problem.weight_dtype if has_one_dtype else None)
 
     def pack(self, kernel: ExpertsKernel) -> Any:
         """The weights as `kernel` wants them: remembered, or packed now."""
         held = self.state.held
         if torch.compiler.is_compiling():
-            if held is not None and held.is_only_copy and held.kernel is kernel:
+            if held is not None and self._holds(kernel):
                 return held.packed
-            return kernel.pack(self.expert_weights)
+            return kernel.pack(self.expert_weights, self.options.activation_dtype)
         if held is not None and self._is_current(held, kernel):
             return held.packed
         with _PACKING:
@@ -196,18 +242,24 @@ class PackedExperts(nn.Module):
                 return held.packed  # another thread was first
             return self._pack_now(kernel)
 
+    def _holds(self, kernel: ExpertsKernel) -> bool:
+        """Whether the kernel has the weights, and nobody else."""
+        held = self.state.held
+        return held is not None and held.is_only_copy and held.kernel is kernel
+
     def _pack_now(self, kernel: ExpertsKernel) -> Any:
         self.materialize()
         is_recorded = self._is_recorded()
         # Parameters must not become tensors of inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(is_recorded):
-            packed = kernel.pack(self.expert_weights)
+            packed = kernel.pack(self.expert_weights, self.options.activation_dtype)
             # What autograd records belongs to one call; so does what a parametrization computes.
             if not is_recorded and self._is_kept():
                 frees = not kernel.shares_memory and self._can_be_freed()
+                freed = self._stored() if frees else {}
                 spare_rows = self._free() if frees else {}
                 self.state.held = HeldWeights(
-                    kernel, packed, frees, self._fingerprint(), spare_rows
+                    kernel, packed, frees, self._fingerprint(), freed, spare_rows
                 )
         return packed
 
@@ -231,7 +283,13 @@ class PackedExperts(nn.Module):
         """The stored tensors: parameters, or the weights given in their stead."""
         if self.given is not None:
             return self.given.tensors()
-        return tuple(stored.read(self) for stored in self.storage.values())
+        return tuple(self._stored().values())
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The stored tensors by role; empty where weights were given in their stead."""
+        if self.given is not None:
+            return {}
+        return {role: stored.read(self) for role, stored in self.storage.items()}
 
     def _fingerprint(self) -> Fingerprint:
         if self.given is not None:
@@ -279,12 +337,15 @@ class PackedExperts(nn.Module):
         if self.given is not None:
             self.given = weights
             return
-        freed = dict(zip(self.storage, held.fingerprint, strict=True))
-        for role, stored in self.storage.items():
-            tensor = stored.read(self)
-            if id(tensor) != freed[role][0] or tensor.numel():
+        here = {id(parameter) for parameter in self.parameters()}
+        for (role, tensor), (_, _, version) in zip(
+            held.freed.items(), held.fingerprint, strict=True
+        ):
+            stored = self.storage[role]
+            if id(tensor) not in here or tensor.numel():
                 continue  # replaced since
-            if _version(tensor) != freed[role][2]:
+            # A parametrization takes a parameter elsewhere, and sets it to itself there.
+            if stored.holds(self, tensor) and _version(tensor) != version:
                 raise InputError(
                     f"{stored.path} ({tuple(tensor.shape)}) must not be changed in place while the "
                     f"kernel {held.kernel.name} holds the weights; got a change that went nowhere. "
@@ -315,6 +376,28 @@ class PackedExperts(nn.Module):
         """What a copy or a pickle takes along: the parameters, not what a kernel made of them."""
         self.materialize()
         return {**self.__dict__, "state": PackedState()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._take_key()
+
+
+@torch.library.custom_op("mixtura::experts", mutates_args=())
+def _call_experts(
+    rows: Tensor, local_ids: Tensor, topk_weights: Tensor, key: Tensor, reduce: bool
+) -> Tensor:
+    """A call in a compiled graph of experts whose kernel cannot pack there: as without a graph."""
+    experts = _KEYS.find(key)
+    return experts.run_batch(ExpertBatch(rows, local_ids, topk_weights), reduce=reduce)
+
+
+@_call_experts.register_fake
+def _(rows: Tensor, local_ids: Tensor, topk_weights: Tensor, key: Tensor, reduce: bool) -> Tensor:
+    if reduce:
+        return torch.empty_like(rows, memory_format=torch.contiguous_format)
+    num_rows, top_k = local_ids.shape
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return rows.new_empty((num_rows, top_k, rows.shape[1]), dtype=dtype)
 
 
 def _version(tensor: Tensor) -> int:

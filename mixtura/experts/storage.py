@@ -42,6 +42,11 @@ class StoredTensor:
         assert isinstance(value, Tensor)
         return value
 
+    def holds(self, module: nn.Module, parameter: Tensor) -> bool:
+        """Whether the parameter is at this path itself, and not what something computes from it."""
+        owner, _, name = self.path.rpartition(".")
+        return module.get_submodule(owner)._parameters.get(name) is parameter
+
     def logical(self, stored: Tensor) -> Tensor:
         """The stored tensor as kernels see it; a view."""
         rows = self._rows(stored)

@@ -29,7 +29,14 @@ from mixtura.experts import (
 )
 from mixtura.hf import gate as gates
 from mixtura.hf.adopt import adopt_class, get_attribute
-from mixtura.hf.experts import AdoptedExperts, BlockExperts, ExpertsPlan, check_in_memory
+from mixtura.hf.experts import (
+    AdoptedExperts,
+    BlockExperts,
+    ExpertsPlan,
+    ReadExperts,
+    check_in_memory,
+    plan_experts,
+)
 from mixtura.hf.read import read_activation, read_experts, read_shared_experts
 from mixtura.layer import FusedMoE, LayerPlan
 from mixtura.routing import router_for
@@ -52,9 +59,6 @@ def _with_weights(out: Tensor, output: LayerOutput) -> tuple[Tensor, Tensor]:
 def _flat_with_logits(out: Tensor, output: LayerOutput) -> tuple[Tensor, Tensor]:
     assert output.routing.router_logits is not None
     return out.flatten(0, -2), output.routing.router_logits
-
-
-ReadExperts = Callable[[nn.Module], tuple[ExpertsConfig, dict[str, StoredTensor]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,12 +314,11 @@ def plan_block(
             "parallelism. Only the experts of such a block are ours."
         )
     routing = RoutingConfig.from_hf(hf_config, layer_index=layer_index)
-    if isinstance(experts_module, PackedExperts):
-        experts_module.materialize()
-    experts_config, storage = spec.read_experts(experts_module)
+    experts_options = replace(options.experts, weight_on=routing.weight_on)
+    experts = plan_experts(experts_module, experts_options, spec.read_experts)
+    experts_config = experts.config
     gate = getattr(block, spec.gate)
     check_in_memory(gate, [spec.gate_class.weight_path])
-    check_in_memory(experts_module, [stored.path for stored in storage.values()])
     if spec.shared_gate is not None:
         check_in_memory(block, [f"{spec.shared_gate}.weight"])
     shared = getattr(block, spec.shared) if spec.shared is not None else None
@@ -330,13 +333,13 @@ def plan_block(
         gate=options.gate,
         deterministic=options.experts.deterministic,
         debug=options.debug,
+        activation_dtype=options.experts.activation_dtype,
     )
     _check_gate(gate, spec, config, type(block).__name__)
-    experts_options = replace(options.experts, weight_on=routing.weight_on)
     return BlockPlan(
         block=block,
         spec=spec,
-        experts=ExpertsPlan(experts_module, experts_config, storage, experts_options),
+        experts=experts,
         layer=LayerPlan(
             config, router_for(routing), create_runner(config.runner), LocalDispatcher()
         ),

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixtura.config import GatePrecision, RunnerConfig
+from mixtura.config import ActivationDtype, GatePrecision, RunnerConfig
 from mixtura.errors import UnsupportedModel
 from mixtura.experts import ExpertsOptions
 from mixtura.hf.adopt import layer_index
@@ -57,6 +57,7 @@ def convert(
     gate: GatePrecision | str = GatePrecision.FP32,
     deterministic: bool = False,
     max_rows_per_pass: int | None = None,
+    activation_dtype: ActivationDtype | str | None = None,
     debug: bool = False,
 ) -> PreTrainedModel:
     """Take over the MoE layers of a model, in place and without moving a weight.
@@ -72,6 +73,8 @@ def convert(
         gate: of blocks taken over whole, "fp32", or "native" for each family's own arithmetic.
         deterministic: bitwise the same row whatever else is in the batch.
         max_rows_per_pass: bound on the tokens that go through such a block at a time.
+        activation_dtype: "int8" or "bf16", the arithmetic with quantized experts; None leaves it to
+            the kernel.
         debug: check logits and ids on every call.
 
     Returns:
@@ -85,7 +88,14 @@ def convert(
     if kernel is not None:
         get_kernel(kernel)
     options = BlockOptions(
-        experts=ExpertsOptions(kernel=kernel, strict=strict, deterministic=deterministic),
+        experts=ExpertsOptions(
+            kernel=kernel,
+            strict=strict,
+            deterministic=deterministic,
+            activation_dtype=None
+            if activation_dtype is None
+            else ActivationDtype.parse(activation_dtype),
+        ),
         runner=RunnerConfig(max_rows_per_pass=max_rows_per_pass),
         gate=GatePrecision.parse(gate),
         debug=debug,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from torch.nn.utils import parametrize
 from mixtura.config import ExpertsConfig
 from mixtura.errors import InputError, UnsupportedModel
 from mixtura.experts import ExpertsOptions, PackedExperts, StoredTensor
+from mixtura.experts.storage import Storage, read_weights
 from mixtura.hf.adopt import adopt_class, offloads
 from mixtura.hf.read import read_experts
 from mixtura.kernels import KernelDecision, select_kernel
 from mixtura.layer import check_ids
 from mixtura.plugin import NAME
-from mixtura.types import DENSE, ExpertBatch, ExpertsProblem
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 
 class AdoptedExperts(PackedExperts):
@@ -28,16 +30,40 @@ class AdoptedExperts(PackedExperts):
     def _is_kept(self) -> bool:
         return not offloads(self) and super()._is_kept()
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_dense("be written to a state_dict")
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_dense("be loaded from a state_dict")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _check_dense(self, rule: str) -> None:
+        if self.given is not None:
+            raise InputError(
+                f"the experts of {type(self).__name__} ({self.given.scheme}) must be dense to "
+                f"{rule}; got quantized ones. Keep the checkpoint they came from, or load it "
+                f"without weights=."
+            )
+
 
 class FamilyExperts(AdoptedExperts):
     """A family's experts module, adopted; its forward stays the family's, and comes back to us."""
 
     config: Any
 
+    def adopt(self, *args: Any, **kwargs: Any) -> None:
+        super().adopt(*args, **kwargs)
+        if self.given is not None:
+            self._watch_calls()
+
     def _free(self) -> dict[str, Tensor]:
+        self._watch_calls()
+        return super()._free()
+
+    def _watch_calls(self) -> None:
         if _restore_for_others not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(_restore_for_others)
-        return super()._free()
 
     @property
     def is_in_use(self) -> bool:
@@ -48,6 +74,7 @@ class FamilyExperts(AdoptedExperts):
 def _restore_for_others(module: nn.Module, args: Any) -> None:
     """Bring the parameters back before an implementation runs that was set after ours."""
     if isinstance(module, FamilyExperts) and not module.is_in_use:
+        module._check_dense("run in another experts implementation")
         module.materialize()
 
 
@@ -70,24 +97,32 @@ class ExpertsPlan:
     Attributes:
         module: still as it was. config, storage: what it computes, and from what.
         options: how it is to be run.
+        given: immutable weights instead of those in the storage.
+        row_dtype: see `PackedExperts`.
     """
 
     module: nn.Module
     config: ExpertsConfig
-    storage: dict[str, StoredTensor]
+    storage: Storage
     options: ExpertsOptions
+    given: ExpertWeights | None = None
+    row_dtype: torch.dtype | None = None
+
+    def weights(self) -> ExpertWeights:
+        """The weights: those given, or what the module stores."""
+        return self.given or read_weights(self.module, self.config, self.storage)
 
     def problem(self, device: str | None = None) -> ExpertsProblem:
         """What a kernel would be asked to run, on the weights' device unless another is given."""
-        first = self.storage["gate_up_proj"].read(self.module)
+        weights = self.weights()
         return ExpertsProblem(
             experts=self.config,
-            scheme=DENSE,
-            weight_dtype=first.dtype,
-            activation_dtype=first.dtype,
-            device=device or first.device.type,
+            schemes=weights.schemes,
+            row_dtype=self.row_dtype or weights.gate_up_proj.dtype,
+            device=device or weights.device.type,
             weight_on=self.options.weight_on,
             is_deterministic=self.options.deterministic,
+            activation_dtype=self.options.activation_dtype,
         )
 
     def decide(self, device: str | None = None) -> KernelDecision:
@@ -105,21 +140,34 @@ class ExpertsPlan:
         module: Any = self.module
         observers = module.observers if isinstance(module, PackedExperts) else ()
         adopt_class(module, ours)
-        module.adopt(self.config, self.options, self.storage)
+        module.adopt(self.config, self.options, self.storage, self.given)
+        module.row_dtype = self.row_dtype
         module.observers = observers
 
 
-def plan_experts(module: nn.Module, options: ExpertsOptions) -> ExpertsPlan:
+ReadExperts = Callable[[nn.Module], tuple[ExpertsConfig, dict[str, StoredTensor]]]
+
+
+def plan_experts(
+    module: nn.Module, options: ExpertsOptions, read: ReadExperts = read_experts
+) -> ExpertsPlan:
     """Read an experts module that has Transformers' experts interface; it is left as it is.
+
+    Args:
+        read: what the module computes, and from which tensors.
 
     Raises:
         UnsupportedModel: it computes something that our kernels do not.
     """
+    given = row_dtype = None
     if isinstance(module, PackedExperts):
         module.materialize()
-    config, storage = read_experts(module)
+        given, row_dtype = module.given, module.row_dtype
+    if given is not None:
+        return ExpertsPlan(module, given.config, {}, options, given, row_dtype)
+    config, storage = read(module)
     check_in_memory(module, [stored.path for stored in storage.values()])
-    return ExpertsPlan(module, config, storage, options)
+    return ExpertsPlan(module, config, storage, options, row_dtype=row_dtype)
 
 
 def check_in_memory(called: nn.Module, paths: list[str]) -> None:

@@ -20,7 +20,6 @@ from mixtura.config import (
 )
 from mixtura.errors import ConfigError, UnsupportedModel
 from mixtura.experts import ExpertsOptions
-from mixtura.experts.storage import read_weights
 from mixtura.experts.words import activation_in_words
 from mixtura.hf.adopt import layer_index
 from mixtura.hf.blocks import BlockOptions, BlockPlan
@@ -28,9 +27,13 @@ from mixtura.hf.convert import check_left, config_owners, plan_layers, survey
 from mixtura.hf.experts import ExpertsPlan
 from mixtura.hf.headers import StoredModel, local_headers, match_headers, stored_dtype
 from mixtura.hf.load import empty_model, load_config
+from mixtura.hf.loader import MATRICES, LoadFormats
 from mixtura.kernels import Rejection, get_kernel
+from mixtura.quant.formats import WeightFormat
+from mixtura.quant.scheme import QuantizedMatrix
 from mixtura.routing.families import TOP_K, read
 from mixtura.routing.words import in_words
+from mixtura.types import ExpertWeights
 
 LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A module path's first part that is a number."""
@@ -46,10 +49,12 @@ class ExpertsExplanation:
         hidden_size: H. intermediate_size: I of one expert. shared_size: I of the shared experts.
         activation: what an expert computes between its projections.
         layout: how gate and up are stored.
-        dtype: of the weights when they run. stored_dtype: in the files, where these are here.
+        dtype: of the weights when they run, or their format where one was asked for.
+        stored_dtype: in the files, where these are here.
         routing: the rule in words.
         is_router_ours: whether mixtura routes, or the family's own router.
         kernel: what runs the experts. rejections: the other kernels, each with its reason.
+        kernel_path: how that kernel runs them on this machine, where it has a choice.
         is_fallback: a kernel that is preferred on this device cannot run them.
         num_bytes: of the experts' weights.
         bytes_per_token: weights that a token reads at most: K experts and, where the whole block is
@@ -69,6 +74,7 @@ class ExpertsExplanation:
     routing: str
     is_router_ours: bool
     kernel: str
+    kernel_path: str | None
     rejections: tuple[Rejection, ...]
     is_fallback: bool
     num_bytes: int
@@ -165,6 +171,7 @@ def explain(
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    weights: WeightFormat | str | None = None,
     kernel: str | None = None,
     strict: bool = False,
     gate: GatePrecision | str = GatePrecision.FP32,
@@ -179,9 +186,11 @@ def explain(
         model: a directory with config.json, or a hub id.
         device: "cpu", "cuda", ...; it need not be here.
         dtype: of the weights; the checkpoint's own unless given.
+        weights: the experts' weight format, as for `from_pretrained`.
         kernel, strict, gate, deterministic: as for `convert`.
 
     Raises:
+        ConfigError: the weight format, or another argument, is none of its choices.
         CheckpointError: the configuration or a file is broken, or the two contradict each other.
         UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
         NoKernelFits: no kernel, or not the one asked for, can run the experts.
@@ -189,6 +198,7 @@ def explain(
     if kernel is not None:
         get_kernel(kernel)
     where = device_type(device)
+    format = LoadFormats.parse(weights, None).weights
     config = load_config(model)
     headers = local_headers(model)
     if dtype is None and config.dtype is None and headers:
@@ -206,7 +216,7 @@ def explain(
     kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
     found = survey(empty, kinds, reasons)
     check_left(empty, found, strict=strict)
-    reader = _Reader(empty, where, stored)
+    reader = _Reader(empty, where, stored, format)
     layers = []
     for layer in found:
         part = None
@@ -225,8 +235,8 @@ def explain(
         gate=options.gate.value,
         layers=tuple(layers),
         dense=_dense(empty, [layer.name for layer in layers]),
-        num_bytes=_num_bytes(empty),
-        bytes_per_token=_bytes_per_token(empty, layers),
+        num_bytes=_num_bytes(empty) - reader.saved_bytes,
+        bytes_per_token=_bytes_per_token(empty, layers, reader.saved_bytes),
         num_stored=len(headers),
         unused=stored.unused,
     )
@@ -256,13 +266,25 @@ def _keep_in_fp32(model: PreTrainedModel) -> None:
 
 
 class _Reader:
-    """Reads layers of a model on the meta device, for one device."""
+    """Reads layers of a model on the meta device, for one device.
 
-    def __init__(self, model: PreTrainedModel, device: str, stored: StoredModel) -> None:
+    Attributes:
+        saved_bytes: by how much the weight format makes the experts read so far smaller.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: str,
+        stored: StoredModel,
+        format: WeightFormat | None,
+    ) -> None:
         self.model = model
         self.device = device
         self.stored = stored
+        self.format = format
         self.owners = config_owners(model)
+        self.saved_bytes = 0
 
     def block(self, name: str, plan: BlockPlan) -> ExpertsExplanation:
         """A block that is taken over whole."""
@@ -274,7 +296,7 @@ class _Reader:
             shared=config.shared,
             words=in_words(config.routing),
         )
-        beside = _num_bytes(plan.block) - part.num_bytes
+        beside = _num_bytes(plan.block) - _stored_bytes(plan.experts)
         assert part.bytes_per_token is not None
         return replace(part, is_router_ours=True, bytes_per_token=part.bytes_per_token + beside)
 
@@ -297,8 +319,16 @@ class _Reader:
         words: str,
     ) -> ExpertsExplanation:
         config = plan.config
+        num_bytes = stored_bytes = _stored_bytes(plan)
+        if self.format is not None:
+            weights = _in_format(plan.weights(), self.format)
+            # A dense format is the parameters' dtype, rows that are no experts included.
+            is_packed = self.format.scheme.is_quantized
+            num_bytes = weights.num_bytes if is_packed else _stored_bytes(plan, self.format)
+            plan = replace(plan, given=weights, row_dtype=self.model.dtype)
+        self.saved_bytes += stored_bytes - num_bytes
         decision = plan.decide(self.device)
-        weights = read_weights(plan.module, config, plan.storage)
+        weights = plan.weights()
         norm = weights.post_norm.nbytes if weights.post_norm is not None else 0
         per_expert = (weights.num_bytes - norm) // config.num_experts
         top_k = routing.top_k if routing is not None else self._top_k(name)
@@ -312,14 +342,15 @@ class _Reader:
             shared_size=shared.intermediate_size if shared is not None else None,
             activation=activation_in_words(config.activation, config),
             layout=config.gate_up.value,
-            dtype=_name(decision.problem.weight_dtype),
+            dtype=self.format.value if self.format else _name(decision.problem.weight_dtype),
             stored_dtype=_name(kept) if kept is not None else None,
             routing=words,
             is_router_ours=False,
             kernel=decision.kernel.name,
+            kernel_path=decision.kernel.how(decision.problem),
             rejections=decision.rejections,
             is_fallback=decision.is_fallback,
-            num_bytes=sum(s.read(plan.module).nbytes for s in plan.storage.values()),
+            num_bytes=num_bytes,
             bytes_per_token=(
                 norm + per_expert * min(top_k, config.num_experts) if top_k is not None else None
             ),
@@ -332,6 +363,36 @@ class _Reader:
         except ConfigError:
             return None
         return found if isinstance(found, int) else None
+
+
+def _stored_bytes(plan: ExpertsPlan, format: WeightFormat | None = None) -> int:
+    """Bytes of the experts' parameters; of the matrices in a dense format, where one is given."""
+    total = 0
+    for role, stored in plan.storage.items():
+        tensor = stored.read(plan.module)
+        if format is not None and role in MATRICES:
+            total += tensor.numel() * format.scheme.bits // 8
+        else:
+            total += tensor.nbytes
+    return total
+
+
+def _in_format(weights: ExpertWeights, format: WeightFormat) -> ExpertWeights:
+    """The same experts in a weight format; all without memory."""
+
+    def convert(matrix: QuantizedMatrix) -> QuantizedMatrix:
+        parts = {
+            name: torch.empty(spec.shape, dtype=spec.dtypes[0], device="meta")
+            for name, spec in format.scheme.tensors_for(matrix.shape).items()
+        }
+        return QuantizedMatrix(format.scheme, matrix.shape, **parts)
+
+    return replace(
+        weights,
+        gate_up_proj=convert(weights.gate_up_proj),
+        down_proj=convert(weights.down_proj),
+        up_proj=None if weights.up_proj is None else convert(weights.up_proj),
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -349,9 +410,11 @@ def _num_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in _weights(module).values())
 
 
-def _bytes_per_token(model: PreTrainedModel, layers: Iterable[LayerExplanation]) -> int | None:
+def _bytes_per_token(
+    model: PreTrainedModel, layers: Iterable[LayerExplanation], saved_bytes: int
+) -> int | None:
     """All weights but unchosen experts and an input embedding that is nothing else."""
-    total = _num_bytes(model)
+    total = _num_bytes(model) - saved_bytes
     for layer in layers:
         part = layer.experts
         if part is None:

@@ -22,65 +22,122 @@ from mixtura.errors import CheckpointError, ConfigError, InputError, Unsupported
 from mixtura.hf.blocks import block_spec
 from mixtura.hf.checkpoint import checkpoint_files, read_headers, read_json
 from mixtura.hf.convert import convert, is_decorated
+from mixtura.hf.loader import LoadFormats, LoadStopped, Stream, StreamConfig, plan_load
+from mixtura.quant.formats import WeightFormat
 
 
 def from_pretrained(
     model: str | Path,
     *,
+    weights: WeightFormat | str | None = None,
+    linears: WeightFormat | str | None = None,
     kernel: str | None = None,
     strict: bool = False,
     gate: GatePrecision | str = GatePrecision.FP32,
     deterministic: bool = False,
-    max_rows_per_pass: int | None = None,
     debug: bool = False,
-    **transformers_arguments: Any,
+    **arguments: Any,
 ) -> PreTrainedModel:
-    """Load a checkpoint and convert it; see `convert` for what the arguments do.
+    """Load a checkpoint and convert it.
+
+    With `weights` the routed experts are quantized while they are read, by rounding to nearest:
+    memory never holds more of them than in that format, and one layer's dense. Experts and linear
+    layers in a packed format have no gradients and no `state_dict`: the model runs, and cannot be
+    saved or trained.
 
     Args:
         model: a directory, or a hub id, which Transformers downloads.
-        transformers_arguments: go to Transformers' own `from_pretrained`; `dtype` is "auto" unless
-            given.
+        weights: the experts' weight format: "int4", "int8", "mxfp4", or any other name that
+            `WeightFormat.parse` knows. A dense one ("bf16", "fp16", "fp32") is the dtype of their
+            parameters, whatever that of the model. None leaves them in the model's dtype.
+        linears: the same for attention projections and the output head. Where the head is tied to
+            the embedding, the embedding stays dense and the head gets a copy in this format.
+        kernel, strict, gate, deterministic, debug: as for `convert`.
+        arguments: `max_rows_per_pass` and `activation_dtype` are as for `convert`; all others go to
+            Transformers' own `from_pretrained`. `dtype` is "auto" unless given.
 
     Returns:
         The model, in eval mode.
 
     Raises:
+        ConfigError: a format or another argument is none of its choices.
         CheckpointError: files are missing, truncated, pickles, or quantized.
+        InputError: a weight that is to be quantized is not finite; the message names the tensor.
         UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
     """
-    loaded = load_stock(model, **transformers_arguments)
+    others = {name: arguments.pop(name, None) for name in ("max_rows_per_pass", "activation_dtype")}
+    loaded = load_stock(model, LoadFormats.parse(weights, linears), **arguments)
     return convert(
         loaded,
         kernel=kernel,
         strict=strict,
         gate=gate,
         deterministic=deterministic,
-        max_rows_per_pass=max_rows_per_pass,
         debug=debug,
+        **others,
     )
 
 
-def load_stock(model: str | Path, **transformers_arguments: Any) -> PreTrainedModel:
+def load_stock(
+    model: str | Path, formats: LoadFormats | None = None, **transformers_arguments: Any
+) -> PreTrainedModel:
     """Load a checkpoint that has MoE layers, whole and checked, and convert nothing.
+
+    Args:
+        model: a directory, or a hub id.
+        formats: what experts and linear layers are kept in. Such experts run after `convert`.
+        transformers_arguments: go to Transformers' own `from_pretrained`.
 
     Returns:
         Transformers' own model, in eval mode.
 
     Raises:
         CheckpointError: files are missing, truncated, pickles, or quantized.
+        InputError: a weight is not finite, or an argument does not go with `formats`.
         UnsupportedModel: there is no MoE layer.
     """
     config = load_config(model, **_config_arguments(transformers_arguments))
-    check_moe(config)
+    empty = check_moe(config)
     if Path(model).is_dir():
         read_headers(checkpoint_files(Path(model)))
     arguments = {"dtype": "auto", **transformers_arguments, "config": config}
     arguments["use_safetensors"] = True
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded, found = model_class(config).from_pretrained(model, **arguments)
+    build = model_class(config)
+    if not formats:
+        loaded, found = build.from_pretrained(model, **arguments)
+        _check_complete(model, found["missing_keys"], found["mismatched_keys"])
+        return loaded.eval()
+    _check_arguments(transformers_arguments)
+    stream = Stream(plan_load(empty, formats))
+    try:
+        loaded, found = build.from_pretrained(
+            model, quantization_config=StreamConfig(stream), **arguments
+        )
+    except LoadStopped as stopped:
+        raise stopped.error from None
     _check_complete(model, found["missing_keys"], found["mismatched_keys"])
+    stream.finish(loaded)
     return loaded.eval()
+
+
+NOT_WITH_FORMATS = ("quantization_config", "distributed_config", "tp_plan")
+"""Arguments of Transformers' `from_pretrained` that split or quantize weights in their own way."""
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    for name in NOT_WITH_FORMATS:
+        if arguments.get(name) is not None:
+            raise InputError(
+                f"{name} must not be given along with weights= or linears=; got both. Drop one of "
+                f"them."
+            )
+    places = arguments.get("device_map")
+    if isinstance(places, dict) and "disk" in places.values():
+        raise InputError(
+            "device_map must keep weights in memory along with weights= or linears=; got disk in "
+            "it. Leave device_map out: packed weights are small."
+        )
 
 
 def _check_complete(
@@ -210,8 +267,11 @@ def empty_model(config: Any, dtype: torch.dtype | None = None) -> PreTrainedMode
     return model
 
 
-def check_moe(config: Any) -> None:
+def check_moe(config: Any) -> PreTrainedModel:
     """Build the model without memory for weights, and see that it has an MoE layer.
+
+    Returns:
+        The model, on the meta device.
 
     Raises:
         CheckpointError: it cannot be built.
@@ -223,6 +283,7 @@ def check_moe(config: Any) -> None:
             f"the model ({type(empty).__name__}) must have an MoE layer; got none. Run it with "
             f"Transformers alone."
         )
+    return empty
 
 
 def model_class(config: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mixtura.config import ExpertsConfig, WeightOn
+from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 
@@ -23,6 +23,8 @@ class ExpertsKernel(ABC):
         devices: types of device it is written for; None for any that torch has. Elsewhere it is
             passed over without counting as the preferred kernel.
         shares_memory: `pack` returns views of the given weights and frees nothing.
+        packs_in_graphs: torch.compile can trace `pack`; else a graph's first call packs.
+        activation_dtypes: the arithmetic with quantized weights that may be asked for.
     """
 
     name: ClassVar[str]
@@ -30,6 +32,8 @@ class ExpertsKernel(ABC):
     has_backward: ClassVar[bool] = False
     is_row_invariant: ClassVar[bool] = False
     shares_memory: ClassVar[bool] = False
+    packs_in_graphs: ClassVar[bool] = True
+    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = ()
 
     def unsupported(self, problem: ExpertsProblem) -> str | None:
         """Why this kernel cannot run the problem, or None. Pure: needs no device and no weights."""
@@ -40,19 +44,31 @@ class ExpertsKernel(ABC):
             return "has no backward, and gradients are needed"
         if problem.is_deterministic and not self.is_row_invariant:
             return "its rows depend on the batch around them, and deterministic=True was asked for"
+        asked = problem.activation_dtype
+        if asked is not None and not problem.is_dense and asked not in self.activation_dtypes:
+            return f"has no {asked.value} activations"
         return self.cannot_run(problem)
 
     def is_for(self, device: str) -> bool:
         """Whether the kernel is written for this type of device."""
         return self.devices is None or device in self.devices
 
+    def how(self, problem: ExpertsProblem) -> str | None:
+        """How it runs the problem on this machine, in a few words, where there is a choice."""
+        return None
+
     @abstractmethod
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         """The kernel's own limits on device, dtype, scheme, sizes and layout."""
 
     @abstractmethod
-    def pack(self, weights: ExpertWeights) -> Any:
-        """What the kernel wants in memory, experts first in every tensor."""
+    def pack(self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None) -> Any:
+        """What the kernel wants in memory, experts first in every tensor.
+
+        Args:
+            weights: as they are stored.
+            activation_dtype: the arithmetic that they will be run with; None is the kernel's own.
+        """
 
     @abstractmethod
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:

@@ -25,7 +25,17 @@ def _torch() -> ExpertsKernel:
     return TorchKernel()
 
 
-_LOADERS: dict[str, Callable[[], ExpertsKernel]] = {"torch": _torch, "reference": _reference}
+def _cpu() -> ExpertsKernel:
+    from mixtura.kernels.cpu import CpuKernel
+
+    return CpuKernel()
+
+
+_LOADERS: dict[str, Callable[[], ExpertsKernel]] = {
+    "cpu": _cpu,
+    "torch": _torch,
+    "reference": _reference,
+}
 """Kernels by name, imported when first asked for, in order of preference."""
 
 _LOADED: dict[str, ExpertsKernel] = {}

@@ -21,7 +21,7 @@ class WeightFormat(Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
-    INT8 = "int8"  # per output channel
+    INT8_CHANNEL = "int8-channel"  # per output channel
     INT8_G32 = "int8-g32"
     INT8_G64 = "int8-g64"
     INT8_G128 = "int8-g128"
@@ -40,17 +40,22 @@ class WeightFormat(Enum):
 
     @classmethod
     def parse(cls, name: str) -> WeightFormat:
-        """The format called `name`.
+        """The format called `name`, by its own name or a short one (see `SHORT_NAMES`).
 
         Raises:
             ConfigError: there is none; the message lists the names.
 
         >>> WeightFormat.parse("int4-g32").scheme.bits
         4
+        >>> WeightFormat.parse("int4").value
+        'int4-g128'
         """
+        if name in SHORT_NAMES:
+            return SHORT_NAMES[name]
         choices = [format.value for format in cls]
         if name in choices:
             return cls(name)
+        choices += SHORT_NAMES
         close = difflib.get_close_matches(name, choices, n=1)
         remedy = f"Did you mean {close[0]}?" if close else "Use one of these names."
         raise ConfigError(
@@ -68,7 +73,7 @@ _FORMAT_SCHEMES = {
     WeightFormat.FP32: QuantScheme.dense(torch.float32),
     WeightFormat.FP16: QuantScheme.dense(torch.float16),
     WeightFormat.BF16: QuantScheme.dense(torch.bfloat16),
-    WeightFormat.INT8: _int_scheme(8, None),
+    WeightFormat.INT8_CHANNEL: _int_scheme(8, None),
     WeightFormat.INT8_G32: _int_scheme(8, 32),
     WeightFormat.INT8_G64: _int_scheme(8, 64),
     WeightFormat.INT8_G128: _int_scheme(8, 128),
@@ -82,3 +87,9 @@ _FORMAT_SCHEMES = {
         Code.E2M1, 4, (1, 16), torch.float8_e4m3fn, global_scale=GlobalScale.MATRIX
     ),
 }
+
+SHORT_NAMES: dict[str, WeightFormat] = {
+    "int4": WeightFormat.INT4_G128,
+    "int8": WeightFormat.INT8_G128,
+}
+"""What people say -> the format that is meant: groups of 128, the most accurate at that size."""

@@ -101,24 +101,34 @@ class GatePlan:
         """
         is_native = self.precision is GatePrecision.NATIVE
         native = self.router.config.native
-        logits = gate_logits(
-            hidden_states,
-            weight,
-            bias,
-            is_fp32=not is_native or native.fp32_logits,
-            is_row_invariant=self.deterministic,
-        )
+        kernel, learned = self.router.kernel, (tensors.selection_bias, tensors.per_expert_scale)
+        # A native gate is the family's to the bit, the order of its sums included.
+        if not is_native and kernel and kernel.takes_rows(hidden_states, weight, bias, *learned):
+            given = self.router.given_ids(tokens, tensors)
+            choice = Choice(*kernel.choose(hidden_states, weight, bias, *learned, given))
+            self._refuse_nan(choice.logits)
+        else:
+            logits = gate_logits(
+                hidden_states,
+                weight,
+                bias,
+                is_fp32=not is_native or native.fp32_logits,
+                is_row_invariant=self.deterministic,
+            )
+            self._refuse_nan(logits)
+            scored = logits if is_native and not native.fp32_scores else logits.float()
+            choice = Choice(logits, *self.router.select(scored, tokens, tensors))
+        if is_native and not native.fp32_weights:
+            choice = choice._replace(weights=choice.weights.to(hidden_states.dtype))
+        return choice
+
+    def _refuse_nan(self, logits: Tensor) -> None:
         if self.debug and bool(logits.isnan().any()):
             rows = logits.isnan().any(-1).nonzero().flatten().tolist()
             raise InputError(
                 f"router logits of tokens {rows[:8]} must be numbers; got NaN. Look at the layers "
                 f"before this one."
             )
-        scored = logits if is_native and not native.fp32_scores else logits.float()
-        weights, ids = self.router.select(scored, tokens, tensors)
-        if is_native and not native.fp32_weights:
-            weights = weights.to(hidden_states.dtype)
-        return Choice(logits, weights, ids)
 
 
 class Gate(nn.Module):
@@ -186,12 +196,13 @@ class Gate(nn.Module):
 
     def tensors(self) -> RouterTensors:
         """What the router needs besides the logits."""
+        found = self._buffers  # looked up as attributes they took longer than the routing itself
         return RouterTensors(
-            selection_bias=self.selection_bias,
-            per_expert_scale=self.per_expert_scale,
-            hash_table=self.hash_table,
-            constants=self.constants,
-            replayed_ids=self.replayed_ids,
+            selection_bias=found["selection_bias"],
+            per_expert_scale=found["per_expert_scale"],
+            hash_table=found["hash_table"],
+            constants=found["constants"],
+            replayed_ids=found["replayed_ids"],
         )
 
     def _load_from_state_dict(

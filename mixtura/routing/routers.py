@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mixtura.config import (
     Simulation,
 )
 from mixtura.errors import ConfigError, InputError
+from mixtura.kernels.cpu.routing import CpuRouting
 from mixtura.routing import pipeline
 from mixtura.types import Bypass, Routing, TokenInputs
 
@@ -112,9 +114,13 @@ class Router:
         tensors: used when a call brings none.
     """
 
+    is_parametric: ClassVar[bool] = True
+    """The pipeline does all; a kernel that computes it may stand in."""
+
     def __init__(self, config: RoutingConfig, tensors: RouterTensors | None = None) -> None:
         self.config = config
         self.tensors = tensors if tensors is not None else RouterTensors()
+        self.kernel = CpuRouting.for_rule(config) if self.is_parametric else None
 
     def route(
         self,
@@ -151,20 +157,29 @@ class Router:
         self, logits: Tensor, tokens: TokenInputs, tensors: RouterTensors
     ) -> tuple[Tensor, Tensor]:
         """Weights (T,K) and ids (T,K) int64 in [0, num_choices), shared slots at E .. E+S-1."""
+        given = self.given_ids(tokens, tensors)
+        bias, scale = tensors.selection_bias, tensors.per_expert_scale
+        if self.kernel is not None and self.kernel.takes_logits(logits, bias, scale):
+            return self.kernel.route(logits, bias, scale, given)
+        return self.select_by_steps(logits, given, tensors)
+
+    def select_by_steps(
+        self, logits: Tensor, given: Tensor | None, tensors: RouterTensors
+    ) -> tuple[Tensor, Tensor]:
+        """`select` in torch: on any device, in any float dtype, with gradients."""
         choices = pipeline.transform_logits(logits, self.config)
-        if tokens.replayed_ids is not None:
-            ids = self.replay(tokens.replayed_ids)
-        else:
-            ids = self.choose(choices, tokens, tensors)
+        ids = given
+        if ids is None:
+            ids = pipeline.choose(choices, self.config, tensors.selection_bias)
         weights = pipeline.weigh(choices, ids, self.config)
         if tensors.per_expert_scale is not None:
             weights = weights * tensors.per_expert_scale.float()[ids]
         # A NaN logit makes all weights of its token NaN: it cannot hide in an unchosen expert.
         return weights.masked_fill(logits.isnan().any(-1, keepdim=True), float("nan")), ids
 
-    def choose(self, choices: Tensor, tokens: TokenInputs, tensors: RouterTensors) -> Tensor:
-        """Ids (T,K) int64 from transformed logits."""
-        return pipeline.choose(choices, self.config, tensors.selection_bias)
+    def given_ids(self, tokens: TokenInputs, tensors: RouterTensors) -> Tensor | None:
+        """Ids (T,K) int64 that replace the choice, or None."""
+        return None if tokens.replayed_ids is None else self.replay(tokens.replayed_ids)
 
     def replay(self, replayed_ids: Tensor) -> Tensor:
         """Ids (T,K) int64 that a token brought along, checked."""
@@ -225,7 +240,9 @@ class ZeroExpertRouter(Router):
 class HashRouter(Router):
     """Ids come from a table indexed by token id (DeepSeek-V4's first layers)."""
 
-    def choose(self, choices: Tensor, tokens: TokenInputs, tensors: RouterTensors) -> Tensor:
+    def given_ids(self, tokens: TokenInputs, tensors: RouterTensors) -> Tensor | None:
+        if tokens.replayed_ids is not None:
+            return self.replay(tokens.replayed_ids)
         if tokens.input_ids is None:
             raise InputError(
                 "input_ids (None) must be given to a hash router; got no token ids. Pass input_ids."
@@ -237,6 +254,8 @@ class HashRouter(Router):
 
 class CustomRoutingRouter(Router):
     """A function of the caller's chooses and weighs; the configured scale applies to it."""
+
+    is_parametric: ClassVar[bool] = False
 
     def __init__(
         self, config: RoutingConfig, custom: CustomRouting, tensors: RouterTensors | None = None
@@ -276,11 +295,11 @@ class CustomRoutingRouter(Router):
 class FusedSharedExpertsRouter(Router):
     """Appends the shared experts to every token as slots E .. E+S-1."""
 
-    def select(
-        self, logits: Tensor, tokens: TokenInputs, tensors: RouterTensors
+    def select_by_steps(
+        self, logits: Tensor, given: Tensor | None, tensors: RouterTensors
     ) -> tuple[Tensor, Tensor]:
         config = self.config
-        weights, ids = super().select(logits[:, : config.num_choices], tokens, tensors)
+        weights, ids = super().select_by_steps(logits[:, : config.num_choices], given, tensors)
         count = config.num_fused_shared_experts
         if config.fused_shared_gate:
             shared = logits[:, config.num_choices :].sigmoid()
@@ -299,6 +318,8 @@ class RoutingSimulatorRouter(Router):
 
     Ids are the top K of `log p(expert) + Gumbel noise`, that is K draws without replacement.
     """
+
+    is_parametric: ClassVar[bool] = False
 
     def select(
         self, logits: Tensor, tokens: TokenInputs, tensors: RouterTensors

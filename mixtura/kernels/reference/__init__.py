@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mixtura.config import ExpertsConfig, GateUp, WeightOn
+from mixtura.config import ActivationDtype, ExpertsConfig, GateUp, WeightOn
 from mixtura.kernels.contract import ExpertsKernel, sum_dtype
 from mixtura.kernels.reference.activation import activate, split_gate_up
 from mixtura.kernels.reference.linear import matrix_vector
 from mixtura.kernels.reference.norm import post_norm
 from mixtura.quant.scheme import QuantizedMatrix, dequantize
-from mixtura.types import DENSE, ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 
 def run_expert(weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
@@ -50,11 +50,13 @@ class ReferenceKernel(ExpertsKernel):
     shares_memory: ClassVar[bool] = True
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
-        if problem.needs_grad and problem.scheme != DENSE:
+        if problem.needs_grad and not problem.is_dense:
             return f"has no gradient for weights in the scheme {problem.scheme}"
         return None
 
-    def pack(self, weights: ExpertWeights) -> ExpertWeights:
+    def pack(
+        self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
+    ) -> ExpertWeights:
         return weights
 
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtura.config import ExpertsConfig, WeightOn
+from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
 from mixtura.kernels.contract import ExpertsKernel, sum_dtype
 from mixtura.kernels.torch.eager import run_eager
 from mixtura.kernels.torch.experts import run_experts
 from mixtura.kernels.torch.grouped_linear import grouped_linear
 from mixtura.quant.scheme import QuantizedMatrix
-from mixtura.types import DENSE, ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,15 +27,15 @@ class TorchKernel(ExpertsKernel):
     shares_memory: ClassVar[bool] = True
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
-        if problem.activation_dtype not in FLOAT_DTYPES:
-            return f"cannot compute in {problem.activation_dtype}"
-        if problem.scheme == DENSE and problem.weight_dtype not in FLOAT_DTYPES:
-            return f"cannot read dense weights of {problem.weight_dtype}"
-        if problem.needs_grad and problem.scheme != DENSE:
+        if problem.row_dtype not in FLOAT_DTYPES:
+            return f"cannot compute in {problem.row_dtype}"
+        if problem.needs_grad and not problem.is_dense:
             return f"has no gradient for weights in the scheme {problem.scheme}"
         return None
 
-    def pack(self, weights: ExpertWeights) -> ExpertWeights:
+    def pack(
+        self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
+    ) -> ExpertWeights:
         return weights
 
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:

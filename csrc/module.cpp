@@ -1,0 +1,204 @@
+// The Python module `mixtura.kernels.cpu._cpu`: raw addresses in, rows out, no torch headers.
+//
+// Addresses, shapes and dtypes have been checked by mixtura/kernels/cpu before they come here.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <chrono>
+#include <numeric>
+
+#include "experts.h"
+#include "features.h"
+#include "routing_module.h"
+#include "team.h"
+
+namespace nb = nanobind;
+using namespace mixtura;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T> const T* at(Address address) { return (const T*)address; }
+
+const Kernels& kernels_named(const std::string& name) {
+  for (const Kernels* kernels : runnable_kernels())
+    if (name.empty() || name == kernels->name) return *kernels;
+  throw nb::value_error(("no kernels called " + name + " run on this processor").c_str());
+}
+
+// The best, unless a test or a measurement has chosen others.
+std::atomic<const Kernels*> current{nullptr};
+
+const Kernels& current_kernels() {
+  const Kernels* kernels = current.load(std::memory_order_relaxed);
+  return kernels ? *kernels : *runnable_kernels().front();
+}
+
+Matrix make_matrix(int code, int arithmetic, int64_t num_rows,
+                   int64_t num_columns, int64_t num_panels, int64_t group_columns, Address values,
+                   int scale_kind, Address scales, int zero_kind, bool zeros_are_minima,
+                   Address zeros, Address row_scale, Address bias) {
+  Matrix m{};
+  m.code = (Code)code;
+  m.arithmetic = (Arithmetic)arithmetic;
+  m.num_rows = num_rows;
+  m.num_columns = num_columns;
+  m.num_panels = num_panels;
+  const int codes = codes_per_word(m.code);
+  m.num_words = (num_columns + codes - 1) / codes;
+  m.group_words = group_columns ? group_columns / codes : m.num_words;
+  m.num_groups = (m.num_words + m.group_words - 1) / m.group_words;
+  m.scale_kind = (Kind)scale_kind;
+  m.zero_kind = (Kind)zero_kind;
+  m.is_grouped = m.arithmetic == Arithmetic::INT8 || m.scale_kind != Kind::NONE;
+  m.zeros_are_minima = zeros_are_minima;
+  m.values = at<uint8_t>(values);
+  m.scales = at<uint8_t>(scales);
+  m.zeros = at<uint8_t>(zeros);
+  m.row_scale = at<float>(row_scale);
+  m.bias = at<float>(bias);
+  const auto size = [](Kind kind) {
+    return kind == Kind::F32 ? 4 : kind == Kind::F16 || kind == Kind::BF16 || kind == Kind::I16 ? 2 : 1;
+  };
+  m.values_stride = num_panels * m.num_words * kWordBytes;
+  m.scales_stride = num_panels * m.num_groups * kPanel * size(m.scale_kind);
+  m.zeros_stride = num_panels * m.num_groups * kPanel * size(m.zero_kind);
+  return m;
+}
+
+Layer make_layer(const Matrix& gate_up, const Matrix& down, bool is_gated, int function,
+                 int limit_on, float alpha, float limit, float up_offset, float gate_softcap,
+                 float up_softcap, int post_norm, float epsilon, Address post_norm_weight,
+                 int64_t num_experts) {
+  Layer layer{};
+  layer.gate_up = gate_up;
+  layer.down = down;
+  layer.is_gated = is_gated;
+  layer.activation = {(Function)function, (LimitOn)limit_on, alpha, limit, up_offset, gate_softcap, up_softcap};
+  layer.post_norm = (PostNorm)post_norm;
+  layer.epsilon = epsilon;
+  layer.post_norm_weight = at<float>(post_norm_weight);
+  layer.num_experts = num_experts;
+  layer.hidden_size = down.num_rows;
+  layer.intermediate_size = down.num_columns;
+  // Whole groups of the down projection, and whole quads of panels of the first one.
+  const int64_t group = down.is_grouped ? down.group_words * codes_per_word(down.code) : kPanel;
+  layer.unit_columns = std::lcm(group, (int64_t)kQuad * kPanel);
+  const int64_t whole = (layer.intermediate_size + kPanel - 1) / kPanel * kPanel;
+  if (layer.unit_columns > whole) layer.unit_columns = whole;
+  return layer;
+}
+
+// One matrix by itself: what prepares its rows is its own layout.
+Layer make_linear(const Matrix& matrix) {
+  Layer layer{};
+  layer.gate_up = matrix;
+  layer.down = matrix;
+  layer.num_experts = 1;
+  layer.hidden_size = matrix.num_rows;
+  layer.intermediate_size = matrix.num_columns;
+  layer.unit_columns = kPanel;
+  return layer;
+}
+
+Input make_input(Address x, int x_dtype, Address ids, Address weights, Address out,
+                 int64_t num_tokens, int64_t top_k, bool weight_on_input, bool reduce) {
+  return {(const void*)x, (Dtype)x_dtype, at<int32_t>(ids), at<float>(weights), (void*)out,
+          num_tokens,     top_k,          weight_on_input,  reduce};
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+struct Probe {
+  const Kernels* kernels;
+  const uint8_t* from;
+  int64_t bytes, slice;
+  int streams;
+  Arithmetic arithmetic;
+  int64_t iterations;
+  std::atomic<uint64_t> sink{0};
+};
+
+// Seconds that `num_threads` take to read a buffer once, each in slices of its own.
+double time_read(Address from, int64_t bytes, int64_t slice, int streams, int num_threads) {
+  Probe probe{&current_kernels(), at<uint8_t>(from), bytes, slice, streams, Arithmetic::F32, 0};
+  const auto start = std::chrono::steady_clock::now();
+  run_team(num_threads, [](void* context, Team& team, int) {
+    Probe& p = *(Probe*)context;
+    uint64_t sum = 0;
+    for (int64_t n = team.take(0); (n + 1) * p.slice <= p.bytes; n = team.take(0))
+      sum += p.kernels->read(p.from + n * p.slice, p.slice, p.streams);
+    p.sink += sum;
+  }, &probe);
+  return seconds_since(start);
+}
+
+// Operations per second of products in registers.
+double time_spin(int arithmetic, int64_t iterations, int num_threads) {
+  Probe probe{&current_kernels(), nullptr, 0, 0, 0, (Arithmetic)arithmetic, iterations};
+  const auto start = std::chrono::steady_clock::now();
+  int size = 0;
+  struct Both { Probe* probe; int* size; } both{&probe, &size};
+  run_team(num_threads, [](void* context, Team& team, int member) {
+    Both& b = *(Both*)context;
+    if (member == 0) *b.size = team.size();
+    b.probe->kernels->spin(b.probe->arithmetic, b.probe->iterations);
+  }, &both);
+  const double seconds = seconds_since(start);
+  return (double)probe.kernels->spin_operations((Arithmetic)arithmetic) * iterations * size / seconds;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  nb::class_<Matrix>(m, "Matrix")
+      .def_ro("num_words", &Matrix::num_words)
+      .def_ro("num_groups", &Matrix::num_groups)
+      .def_ro("num_panels", &Matrix::num_panels);
+  nb::class_<Layer>(m, "Layer").def_ro("unit_columns", &Layer::unit_columns);
+
+  m.def("matrix", &make_matrix);
+  m.def("layer", &make_layer);
+  m.def("linear", &make_linear);
+
+  m.def("run_experts",
+        [](const Layer& layer, Address x, int x_dtype, Address ids, Address weights, Address out,
+           int64_t num_tokens, int64_t top_k, bool weight_on_input, bool reduce, int num_threads) {
+          nb::gil_scoped_release release;
+          return run_experts(current_kernels(), layer,
+                             make_input(x, x_dtype, ids, weights, out, num_tokens, top_k,
+                                        weight_on_input, reduce),
+                             num_threads);
+        });
+  m.def("run_linear", [](const Layer& layer, Address x, int x_dtype, Address out,
+                         int64_t num_tokens, int num_threads) {
+    nb::gil_scoped_release release;
+    run_linear(current_kernels(), layer,
+               make_input(x, x_dtype, 0, 0, out, num_tokens, 1, false, true), num_threads);
+  });
+
+  bind_routing(m, &current_kernels);
+
+  m.def("flags", &cpu_flags);
+  m.def("runnable", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : runnable_kernels()) names.push_back(kernels->name);
+    return names;
+  });
+  m.def("current", [] { return std::string(current_kernels().name); });
+  m.def("has_bf16", [] { return current_kernels().has_bf16; });
+  m.def("choose", [](const std::string& name) { current = &kernels_named(name); });
+  m.def("threads", [] { return team_threads() == Threads::OPENMP ? "openmp" : "pool"; });
+  m.def("choose_threads", [](const std::string& name) {
+    return choose_threads(name == "openmp" ? Threads::OPENMP : Threads::POOL);
+  });
+  m.def("num_short_teams", &num_short_teams);
+  m.def("time_read", &time_read, nb::call_guard<nb::gil_scoped_release>());
+  m.def("time_spin", &time_spin, nb::call_guard<nb::gil_scoped_release>());
+}

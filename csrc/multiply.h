@@ -1,0 +1,116 @@
+// Rows times panels of one expert, of any number: cut into blocks that fit registers and caches.
+#pragma once
+
+namespace {
+
+constexpr int64_t kChunkBytes = 16 * 1024;  // of unpacked panels side by side: half of a first-level cache
+
+static int zero_of(Code code) {
+  return code == Code::U8 ? kU8Zero : code == Code::U4 ? 8 : kE2M1Zero;
+}
+
+// One block of rows times all panels, straight from memory.
+FN void run_stream(const Blocks& blocks, int num_rows, const Matrix& m, int64_t expert,
+                   int64_t first_panel, int64_t num_panels, Block& k) {
+  const int wide = blocks.panels[num_rows - 1];
+  for (int64_t panel = 0; panel < num_panels; panel += wide) {
+    k.values = panel_at(m, expert, first_panel + panel);
+    blocks.wide[num_rows - 1](k);
+    k.scales += wide * k.scales_stride;
+    if (k.zeros) k.zeros += wide * k.zeros_stride;
+    k.c += wide * kPanel;
+  }
+}
+
+// c[row][16 * panel ..] = rows times panels, without row scale and bias; whole quads.
+static void multiply(const Matrix& m, int64_t expert, int64_t first_panel, int64_t num_panels,
+                     const uint32_t* const* rows, int num_rows, float* c, int64_t c_stride,
+                     Scratch& scratch) {
+  const RowLayout layout = row_layout(m);
+  Block k{};
+  k.panel_stride = kWordBytes;
+  k.word_stride = kQuadBytes;
+  k.scale_kind = m.scale_kind;
+  k.zero_kind = m.zero_kind;
+  k.zeros_are_minima = m.zeros_are_minima;
+  k.scales_stride = m.num_groups * kPanel * kind_size(m.scale_kind);
+  k.zeros_stride = m.num_groups * kPanel * kind_size(m.zero_kind);
+  k.scales = m.scales + expert * m.scales_stride + first_panel * k.scales_stride;
+  k.zeros = m.zero_kind == Kind::NONE
+                ? nullptr
+                : m.zeros + expert * m.zeros_stride + first_panel * k.zeros_stride;
+  if (m.arithmetic == Arithmetic::INT8 && m.code == Code::U8 && k.zeros)
+    k.signed_by = 128 - kU8Zero;
+  k.scales_at = layout.scales_at;
+  k.corrections_at = layout.corrections_at;
+  k.rows = rows;
+  k.c = c;
+  k.c_stride = c_stride;
+
+#if defined(MIXTURA_TILES)
+  if (uses_tiles(m, num_rows)) {
+    multiply_tiles(m, expert, first_panel, k, num_panels, num_rows, scratch);
+    return;
+  }
+#endif
+  const int most = m.is_grouped ? kGroupedRows : kDenseRows;
+  const Blocks* streaming = streaming_blocks(m);
+  if (streaming != nullptr && num_rows <= most) {
+    k.first_word = 0;
+    k.last_word = m.num_words;
+    k.group_words = m.group_words;
+    run_stream(*streaming, num_rows, m, expert, first_panel, num_panels, k);
+    return;
+  }
+
+  const Blocks& blocks = chunk_blocks(m);
+  const int subs = subs_per_word(m.code, m.arithmetic);
+  const bool unpacks = needs_unpacking(m);
+  const int num_blocks = (num_rows + most - 1) / most;
+  const int wide = blocks.panels[(num_rows + num_blocks - 1) / num_blocks - 1];
+  int64_t chunk = kChunkBytes / kWordBytes / wide / subs;  // words
+  if (m.is_grouped) chunk = chunk < m.group_words ? m.group_words : chunk / m.group_words * m.group_words;
+  const int64_t fit = kUnpackedBytes / kWordBytes / wide / subs;
+  if (chunk > fit) chunk = fit;  // a group longer than the buffer is added up piece by piece
+  k.group_words = m.group_words * subs;
+  const int parts = kQuad / wide;  // of a quad, one after the other
+  const int fetching = parts * num_blocks < kQuad ? parts * num_blocks : kQuad;
+  for (int64_t quad = 0; quad < num_panels; quad += kQuad) {
+    const uint8_t* values = panel_at(m, expert, first_panel + quad);
+    for (int64_t word = 0; word < m.num_words; word += chunk) {
+      const int64_t end = word + chunk < m.num_words ? word + chunk : m.num_words;
+      // While this chunk is multiplied, the next one comes: a share of it beside each block.
+      const uint8_t* next = values + end * kQuadBytes;
+      const int64_t share = (end - word) * kQuadBytes / fetching;
+      for (int part = 0, call = 0; part < parts; ++part) {
+        const int64_t panel = quad + part * wide;
+        Block b = k;
+        b.scales += panel * k.scales_stride;
+        if (b.zeros) b.zeros += panel * k.zeros_stride;
+        b.first_word = word * subs;
+        b.last_word = end * subs;
+        b.accumulate = word > 0;
+        b.values = values + part * wide * kWordBytes;
+        if (unpacks) {
+          b.word_stride = kWordBytes;
+          b.panel_stride = (end - word) * subs * kWordBytes;
+          for (int n = 0; n < wide; ++n)
+            unpack_panel(m, b.values + n * kWordBytes, b.zeros ? b.zeros + n * k.zeros_stride : nullptr,
+                         word, end, scratch.unpacked + n * b.panel_stride);
+          b.values = scratch.unpacked - b.first_word * kWordBytes;
+        }
+        for (int i = 0, row = 0; i < num_blocks; ++i, ++call) {
+          const int count = (num_rows - row + num_blocks - i - 1) / (num_blocks - i);
+          b.rows = rows + row;
+          b.c = c + row * c_stride + panel * kPanel;
+          b.prefetch = call < fetching ? next + call * share : (const uint8_t*)rows[row];
+          b.prefetch_step = call < fetching ? kQuadBytes / fetching / subs : 0;
+          (blocks.panels[count - 1] == wide ? blocks.wide : blocks.narrow)[count - 1](b);
+          row += count;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace

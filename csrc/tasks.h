@@ -1,0 +1,284 @@
+// What threads do in the four phases of a call: prepare rows, gate and up with the activation, down,
+// and the weighted sum.
+#pragma once
+
+namespace {
+
+FN F load_x(Dtype dtype, const void* x, int64_t at) {
+  switch (dtype) {
+    case Dtype::F32: return f_load((const float*)x + at);
+    case Dtype::F16: return f_load_f16((const uint16_t*)x + at);
+    default: return as_float(i_shl<16>(i_load_u16((const uint16_t*)x + at)));
+  }
+}
+
+FN I bf16_bits(F x) {
+  const I bits = as_int(x);
+  const I rounded = i_shr<16>(i_add(bits, i_add(i_set(0x7fff), i_and(i_shr<16>(bits), i_set(1)))));
+  // NaN must not round to infinity: a number with bits above those of infinity keeps one set.
+  const I magnitude = i_and(bits, i_set(0x7fffffff));
+  const F is_nan = f_select_less(to_float(magnitude), f_set(2139095104.0f), f_zero(), f_set(1.0f));
+  return i_or(rounded, i_and(as_int(is_nan), i_set(0x40)));
+}
+
+FN float bf16_value(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float x;
+  __builtin_memcpy(&x, &wide, 4);
+  return x;
+}
+
+FN void store_x(Dtype dtype, void* out, int64_t at, F x) {
+  switch (dtype) {
+    case Dtype::F32: f_store((float*)out + at, x); return;
+    case Dtype::F16: store_f16((uint16_t*)out + at, x); return;
+    default: store_u16((uint16_t*)out + at, bf16_bits(x)); return;
+  }
+}
+
+// A row of `n` floats, padded with zeros to a multiple of 16.
+static void read_row(Dtype dtype, const void* x, int64_t at, int64_t n, float* row) {
+  const int64_t whole = n / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) f_store(row + i, load_x(dtype, x, at + i));
+  if (whole == n) return;
+  alignas(64) uint8_t rest[64] = {};
+  const int size = dtype == Dtype::F32 ? 4 : 2;
+  __builtin_memcpy(rest, (const uint8_t*)x + (at + whole) * size, (n - whole) * size);
+  f_store(row + whole, load_x(dtype, rest, 0));
+}
+
+static void write_row(Dtype dtype, void* out, int64_t at, int64_t n, const float* row) {
+  const int64_t whole = n / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) store_x(dtype, out, at + i, f_load(row + i));
+  if (whole == n) return;
+  alignas(64) float padded[16] = {};
+  __builtin_memcpy(padded, row + whole, (n - whole) * 4);
+  alignas(64) uint8_t rest[64];
+  store_x(dtype, rest, 0, f_load(padded));
+  const int size = dtype == Dtype::F32 ? 4 : 2;
+  __builtin_memcpy((uint8_t*)out + (at + whole) * size, rest, (n - whole) * size);
+}
+
+// Bytes b0 .. b7 of a word -> b0 b2 b4 b6 b1 b3 b5 b7.
+FN uint64_t even_bytes_first(uint64_t x) {
+  uint64_t t = (x ^ (x >> 8)) & 0x0000ff000000ff00;
+  x ^= t ^ (t << 8);
+  t = (x ^ (x >> 16)) & 0x00000000ffff0000;
+  return x ^ t ^ (t << 16);
+}
+
+// One group of activations as int8: x ~ scale * q with |q| <= 127. `x` has n values and zeros up to
+// a multiple of 16, of which `padded` (a multiple of 8) are stored.
+static void quantize_group(const Matrix& m, const float* x, int64_t padded, uint8_t* q,
+                           uint32_t* scale_out, uint32_t* correction_out) {
+  I top = i_zero();
+  for (int64_t i = 0; i < padded; i += 16)
+    top = i_max(top, i_and(as_int(f_load(x + i)), i_set(0x7fffffff)));
+  const uint32_t top_bits = (uint32_t)i_max_lane(top);
+  float amax, scale = 0.0f, inverse = 0.0f;
+  __builtin_memcpy(&amax, &top_bits, 4);
+  if (top_bits >= 0x7f800000) {
+    scale = __builtin_nanf("");  // an infinity or a NaN makes the row NaN
+  } else if (amax > 1e-35f) {
+    scale = amax / 127.0f;
+    inverse = 127.0f / amax;
+  }
+  I sum = i_zero();
+  alignas(64) uint8_t last[16];
+  const bool permutes = m.code != Code::U8;
+  for (int64_t i = 0; i < padded; i += 16) {
+    const I codes = inverse == 0.0f ? i_zero() : to_int(f_mul(f_load(x + i), f_set(inverse)));
+    sum = i_add(sum, codes);
+    const int64_t left = padded - i;
+    uint8_t* to = left >= 16 ? q + i : last;
+    store_i8(to, codes);
+    if (permutes) {
+      uint64_t words[2];
+      __builtin_memcpy(words, to, 16);
+      words[0] = even_bytes_first(words[0]);
+      words[1] = even_bytes_first(words[1]);
+      __builtin_memcpy(to, words, 16);
+    }
+    if (left < 16) __builtin_memcpy(q + i, last, left);
+  }
+  const int32_t total = i_sum(sum);
+  if (m.code == Code::E2M1) scale *= 0.5f;  // its levels are multiplied twice as large
+  __builtin_memcpy(scale_out, &scale, 4);
+  if (m.zero_kind == Kind::NONE) {
+    *correction_out = (uint32_t)(-zero_of(m.code) * total);
+  } else {
+    const float exact = (float)total;
+    __builtin_memcpy(correction_out, &exact, 4);
+  }
+}
+
+// Columns first .. first + n - 1 of a row, first at the beginning of a group. `x` is padded with
+// zeros to a multiple of 16.
+static void store_activations(const Matrix& m, uint32_t* row, int64_t first, int64_t n,
+                              const float* x) {
+  const RowLayout layout = row_layout(m);
+  const int codes = codes_per_word(m.code);
+  const int64_t padded = (n + codes - 1) / codes * codes;
+  const int64_t group = m.group_words * codes;
+  if (m.arithmetic == Arithmetic::INT8) {
+    for (int64_t i = 0; i < padded; i += group) {
+      const int64_t g = (first + i) / group;
+      quantize_group(m, x + i, padded - i < group ? padded - i : group, (uint8_t*)row + first + i,
+                     row + layout.scales_at + g, row + layout.corrections_at + g);
+    }
+    return;
+  }
+  if (m.arithmetic == Arithmetic::F32) {
+    __builtin_memcpy((float*)row + first, x, padded * 4);
+  } else {
+    uint16_t* out = (uint16_t*)row + first;
+    const int subs = codes / 2;
+    alignas(64) uint16_t bits[16];
+    for (int64_t i = 0; i < padded; i += 16) {
+      const int64_t count = padded - i < 16 ? padded - i : 16;
+      store_u16(bits, bf16_bits(f_load(x + i)));
+      if (subs == 1) {
+        __builtin_memcpy(out + i, bits, count * 2);
+        continue;
+      }
+      for (int64_t j = 0; j < count; j += codes)
+        for (int s = 0; s < subs; ++s) {
+          out[i + j + 2 * s] = bits[j + s];
+          out[i + j + 2 * s + 1] = bits[j + s + subs];
+        }
+    }
+  }
+  if (m.is_grouped) {
+    for (int64_t i = 0; i < padded; i += group) {
+      const int64_t g = (first + i) / group, end = padded - i < group ? padded : i + group;
+      // Of what the products multiply: a minimum then errs as much as they do, and makes up for it.
+      const uint16_t* rounded = (const uint16_t*)row + first;
+      float sum = 0.0f;
+      for (int64_t j = i; j < end; ++j)
+        sum += m.arithmetic == Arithmetic::BF16 ? bf16_value(rounded[j]) : x[j];
+      __builtin_memcpy(row + layout.corrections_at + g, &sum, 4);
+    }
+  }
+}
+
+static void prepare(const Call& call, int64_t token, Scratch& scratch) {
+  const Matrix& m = call.layer->gate_up;
+  read_row(call.x_dtype, call.x, token * m.num_columns, m.num_columns, scratch.row);
+  store_activations(m, call.rows + token * row_layout(m).stride, 0, m.num_columns, scratch.row);
+}
+
+// Hidden columns `unit * unit_columns` and on, of every row of an expert.
+static void gate_up(const Call& call, int64_t expert, int64_t unit, Scratch& scratch) {
+  const Layer& layer = *call.layer;
+  const Matrix& m = layer.gate_up;
+  const int halves = layer.is_gated ? 2 : 1;
+  const int64_t first = unit * layer.unit_columns;
+  const int64_t left = layer.intermediate_size - first;
+  const int64_t columns = left < layer.unit_columns ? left : layer.unit_columns;
+  const int64_t first_panel = first / kPanel * halves;
+  const int64_t steps = (columns + kPanel - 1) / kPanel;
+  const int64_t num_panels = (steps * halves + kQuad - 1) / kQuad * kQuad;
+  const int64_t c_stride = num_panels * kPanel;
+  const int64_t row_stride = row_layout(m).stride, hidden_stride = row_layout(layer.down).stride;
+  const float* scale = m.row_scale ? m.row_scale + (expert * m.num_panels + first_panel) * kPanel : nullptr;
+  const float* bias = m.bias ? m.bias + (expert * m.num_panels + first_panel) * kPanel : nullptr;
+  const int64_t last = call.offsets[expert + 1];
+  for (int64_t begin = call.offsets[expert]; begin < last; begin += kRowChunk) {
+    const int count = (int)(last - begin < kRowChunk ? last - begin : kRowChunk);
+    const uint32_t* rows[kRowChunk];
+    for (int i = 0; i < count; ++i)
+      rows[i] = call.rows + call.slots[begin + i] / call.top_k * row_stride;
+    multiply(m, expert, first_panel, num_panels, rows, count, scratch.c, c_stride, scratch);
+    for (int i = 0; i < count; ++i) {
+      float* c = scratch.c + i * c_stride;
+      const F weight = f_set(call.weight_on_input ? call.weights[call.slots[begin + i]] : 1.0f);
+      for (int64_t s = 0; s < steps; ++s) {
+        const auto value = [&](int64_t panel) {
+          F x = f_load(c + panel * kPanel);
+          if (scale) x = f_mul(x, f_load(scale + panel * kPanel));
+          if (call.weight_on_input) x = f_mul(x, weight);
+          if (bias) x = f_add(x, f_load(bias + panel * kPanel));
+          return x;
+        };
+        F h = activate_gate(layer.activation, value(s * halves));
+        if (layer.is_gated) h = f_mul(h, activate_up(layer.activation, value(s * 2 + 1)));
+        f_store(c + s * kPanel, h);
+      }
+      for (int64_t n = columns; n < steps * kPanel; ++n) c[n] = 0.0f;
+      store_activations(layer.down, call.hidden + (begin + i) * hidden_stride, first, columns, c);
+    }
+  }
+}
+
+static void down(const Call& call, int64_t expert, int64_t first_panel, int64_t num_panels,
+                 Scratch& scratch) {
+  const Matrix& m = call.layer->down;
+  const int64_t row_stride = row_layout(m).stride, y_stride = m.num_panels * kPanel;
+  const int64_t at = (expert * m.num_panels + first_panel) * kPanel;
+  const int64_t last = call.offsets[expert + 1];
+  for (int64_t begin = call.offsets[expert]; begin < last; begin += kRowChunk) {
+    const int count = (int)(last - begin < kRowChunk ? last - begin : kRowChunk);
+    const uint32_t* rows[kRowChunk];
+    for (int i = 0; i < count; ++i) rows[i] = call.hidden + (begin + i) * row_stride;
+    float* y = call.y + begin * y_stride + first_panel * kPanel;
+    multiply(m, expert, first_panel, num_panels, rows, count, y, y_stride, scratch);
+    if (!m.row_scale && !m.bias) continue;
+    for (int i = 0; i < count; ++i, y += y_stride) {
+      for (int64_t n = 0; n < num_panels * kPanel; n += kPanel) {
+        F x = f_load(y + n);
+        if (m.row_scale) x = f_mul(x, f_load(m.row_scale + at + n));
+        if (m.bias) x = f_add(x, f_load(m.bias + at + n));
+        f_store(y + n, x);
+      }
+    }
+  }
+}
+
+static void apply_post_norm(const Layer& layer, float* y) {
+  const int64_t n = layer.hidden_size;
+  const bool scales_first = layer.post_norm == PostNorm::RMS_SCALE_FIRST;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    if (scales_first) y[i] *= 1.0f + layer.post_norm_weight[i];
+    sum += y[i] * y[i];
+  }
+  const float factor = 1.0f / __builtin_sqrtf(sum / (float)n + layer.epsilon);
+  for (int64_t i = 0; i < n; ++i) y[i] *= scales_first ? factor : factor * layer.post_norm_weight[i];
+}
+
+// The weighted slots of a token, added in slot order; or each by itself.
+static void combine(const Call& call, int64_t token, Scratch& scratch) {
+  const Layer& layer = *call.layer;
+  const int64_t y_stride = layer.down.num_panels * kPanel;
+  const int64_t n = layer.hidden_size, padded = (n + 15) / 16 * 16;
+  if (call.reduce)
+    for (int64_t i = 0; i < padded; i += 16) f_store(scratch.row + i, f_zero());
+  for (int64_t k = 0; k < call.top_k; ++k) {
+    const int64_t slot = token * call.top_k + k;
+    const int32_t at = call.position[slot];
+    float* out = (float*)call.out + slot * n;
+    if (at < 0) {
+      if (!call.reduce) __builtin_memset(out, 0, n * 4);
+      continue;
+    }
+    float* y = call.y + at * y_stride;
+    if (layer.post_norm != PostNorm::NONE) apply_post_norm(layer, y);
+    const F weight = f_set(call.weight_on_input ? 1.0f : call.weights[slot]);
+    if (call.reduce) {
+      for (int64_t i = 0; i < padded; i += 16)
+        f_store(scratch.row + i, f_fma(weight, f_load(y + i), f_load(scratch.row + i)));
+    } else {
+      for (int64_t i = 0; i < padded; i += 16) f_store(y + i, f_mul(weight, f_load(y + i)));
+      __builtin_memcpy(out, y, n * 4);
+    }
+  }
+  if (call.reduce) write_row(call.x_dtype, call.out, token * n, n, scratch.row);
+}
+
+static void finish_linear(const Call& call, int64_t token, Scratch&) {
+  const Layer& layer = *call.layer;
+  const int64_t n = layer.hidden_size;
+  write_row(call.x_dtype, call.out, token * n, n, call.y + token * layer.down.num_panels * kPanel);
+}
+
+}  // namespace

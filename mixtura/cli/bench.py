@@ -1,0 +1,248 @@
+"""`mixtura bench`: how near the machine's limits the experts of a layer, or a whole model, run."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixtura.cli.loading import quiet
+from mixtura.cli.options import Debug, model_or_demo
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mixtura.bench.results import CaseResult
+
+DEFAULT_SHAPE = "olmoe"
+DEFAULT_WEIGHTS = "bf16,int8,int4,mxfp4"
+DEFAULT_TOKENS = "1,4,16,64,256,1024"
+DEFAULT_SECONDS = 5.0
+DEFAULT_PROMPT, DEFAULT_NEW = 512, 64
+WIDTH = 240
+"""Columns of the table where it does not go to a terminal."""
+
+
+class Subject(StrEnum):
+    """What is measured."""
+
+    EXPERTS = "experts"
+    GENERATE = "generate"
+
+
+def bench(
+    subject: Annotated[
+        Subject, typer.Argument(help="The experts of one layer, or text from a whole model.")
+    ] = Subject.EXPERTS,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help=f"experts: a layer's shape, repeatable. Default: {DEFAULT_SHAPE}."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Weight formats, with commas; generate: one. Default: {DEFAULT_WEIGHTS}; "
+            "generate: as stored."
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help=f"experts: numbers of tokens. Default: {DEFAULT_TOKENS}."),
+    ] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="experts: a kernel, or a peer to compare with; repeatable. Default: the preferred "
+            "kernel and the peers that are installed."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, help=f"experts: for each case. Default: {DEFAULT_SECONDS:g}."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="experts: draw the results here.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="generate: a directory or hub id. Default: the model in the box."),
+    ] = None,
+    linears: Annotated[
+        str | None,
+        typer.Option(help="generate: weight format of attention and head. Default: as stored."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"generate: default {DEFAULT_PROMPT}.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, help=f"generate: default {DEFAULT_NEW}.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch. Default: as torch decides.")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print a line of JSON for each case; tables go to stderr."),
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure experts, or a whole model, beside the machine's limits.
+
+    Results are checked first. The floor is the longer of reading the weights at the rate that
+    memory gives, and of the products at the arithmetic's peak, both measured in the same run.
+    """
+    for_experts = {
+        "--shape": shape, "--tokens": tokens, "--contender": contender, "--seconds": seconds,
+        "--png": png,
+    }  # fmt: skip
+    for_generate = {
+        "--model": model, "--linears": linears, "--prompt-tokens": prompt_tokens,
+        "--new-tokens": new_tokens,
+    }  # fmt: skip
+    is_experts = subject is Subject.EXPERTS
+    for name, value in (for_generate if is_experts else for_experts).items():
+        if value is not None:
+            other = Subject.GENERATE if is_experts else Subject.EXPERTS
+            raise typer.TyperException(f"{name} goes with 'mixtura bench {other}'.")
+    with quiet(debug):
+        import torch
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if is_experts:
+        bench_experts(
+            shape or [DEFAULT_SHAPE],
+            weights or DEFAULT_WEIGHTS,
+            tokens or DEFAULT_TOKENS,
+            contender,
+            DEFAULT_SECONDS if seconds is None else seconds,
+            png=png,
+            as_json=as_json,
+        )
+    else:
+        bench_generate(
+            model_or_demo(model),
+            {"weights": weights, "linears": linears},
+            prompt_tokens or DEFAULT_PROMPT,
+            new_tokens or DEFAULT_NEW,
+            as_json=as_json,
+            debug=debug,
+        )
+
+
+def bench_experts(
+    shapes: list[str],
+    weights: str,
+    tokens: str,
+    contenders: list[str] | None,
+    seconds: float,
+    *,
+    png: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure cases one after the other; what is measured is shown, however it ends."""
+    from mixtura.bench.cases import find_cases
+    from mixtura.bench.chart import require_matplotlib
+    from mixtura.bench.choices import DEFAULT, find_contenders
+    from mixtura.bench.experts import run_cases
+    from mixtura.bench.machine import probe_machine
+    from mixtura.bench.report import case_line, machine_summary
+
+    cases = find_cases(shapes, weights, tokens)
+    running = find_contenders(contenders or list(DEFAULT))
+    if png is not None:
+        require_matplotlib()
+        check_writable(png)
+    machine = probe_machine(tuple(dict.fromkeys(case.arithmetic for case in cases)))
+    console = make_console(as_json)
+    console.print(machine_summary(machine))
+    results: list[CaseResult] = []
+    try:
+        for result in run_cases(cases, running, machine, seconds=seconds):
+            results.append(result)
+            if as_json:
+                typer.echo("\n".join(result.lines()))
+            print(f"{len(results)}/{len(cases)}  {case_line(result)}", file=sys.stderr)
+    finally:
+        show_results(results, console, png)
+    if not all(result.is_correct for result in results):
+        raise typer.Exit(1)
+
+
+def show_results(results: list[CaseResult], console: Console, png: Path | None) -> None:
+    """The table and, where it was asked for, the picture of what there is."""
+    from mixtura.bench.chart import save_chart
+    from mixtura.bench.report import refusal_notes, results_table
+
+    if not results:
+        return
+    console.print(results_table(results))
+    console.print(refusal_notes(results), markup=False)
+    if png is not None:
+        save_chart(results, png)
+
+
+def bench_generate(
+    model: str,
+    formats: dict[str, str | None],
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    *,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Load a model, time it, and say where the time goes."""
+    with quiet(debug):
+        import mixtura
+        from mixtura.bench.generation import measure_generation
+        from mixtura.bench.machine import probe_machine
+        from mixtura.bench.report import generation_summary, machine_summary, parts_table
+        from mixtura.hf.generate import prepare_experts
+        from mixtura.quant.formats import WeightFormat
+
+        asked = {name: WeightFormat.parse(text).value for name, text in formats.items() if text}
+        arguments: dict[str, Any] = dict(asked)
+        loaded = mixtura.from_pretrained(model, **arguments)
+        names = {
+            "model": model,
+            "weights": asked.get("weights"),
+            "linears": asked.get("linears"),
+            "kernels": prepare_experts(loaded),
+        }
+    console = make_console(as_json)
+    machine = probe_machine(())  # of the limits, the bandwidth alone
+    console.print(machine_summary(machine))
+    with quiet(debug):
+        result = measure_generation(
+            loaded, names, num_prompt_tokens=num_prompt_tokens, num_new_tokens=num_new_tokens
+        )
+    if as_json:
+        typer.echo(result.to_json(machine))
+    console.print(generation_summary(result))
+    console.print(parts_table(result))
+    if not result.timed.is_valid:
+        raise typer.Exit(1)
+
+
+def make_console(as_json: bool) -> Console:
+    """Tables go where JSON does not, at full width where it is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=as_json, highlight=False)
+    return console if console.is_terminal else Console(stderr=as_json, highlight=False, width=WIDTH)
+
+
+def check_writable(path: Path) -> None:
+    """Find a directory that is not there before hours are spent.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from mixtura.errors import InputError
+
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise InputError(
+            f"the chart ({path}) must be writable; got {error.strerror}. Choose another path."
+        ) from None

@@ -1,0 +1,332 @@
+"""The C++ kernel for CPUs: one fused call per layer, weights in panels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from mixtura.config import (
+    ActivationDtype,
+    ActivationFunction,
+    ExpertsConfig,
+    GateUp,
+    LimitOn,
+    PostNorm,
+    WeightOn,
+)
+from mixtura.errors import InputError
+from mixtura.kernels.contract import ExpertsKernel
+from mixtura.kernels.cpu.extension import current_path, extension, missing
+from mixtura.kernels.cpu.panels import (
+    ROW_DTYPES,
+    Arithmetic,
+    Panels,
+    Part,
+    arithmetic_for,
+    no_arithmetic,
+    pack_panels,
+    unpack_part,
+    unreadable,
+)
+from mixtura.kernels.keys import Keys
+from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+
+_FUNCTIONS = {function: number for number, function in enumerate(ActivationFunction)}
+_LIMITS = {limit: number for number, limit in enumerate(LimitOn)}
+_NORMS = {None: 0, PostNorm.RMS: 1, PostNorm.RMS_SCALE_FIRST: 2}
+
+_KEYS: Keys[PackedLayer] = Keys("the packed experts")
+"""Layers that compiled graphs call by key."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """The experts of a layer as the extension reads them.
+
+    Attributes:
+        gate_up, down: the projections in panels.
+        post_norm: (H,) fp32 or None.
+        template: the weights as they came, each tensor an expanded single element.
+        handle: the `Layer` of csrc/types.h; it points into the tensors above.
+        key: what compiled graphs call it.
+    """
+
+    gate_up: Panels
+    down: Panels
+    post_norm: Tensor | None
+    template: ExpertWeights
+    handle: Any
+    key: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything the kernels read."""
+        tensors = [*self.gate_up.tensors.values(), *self.down.tensors.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class CpuKernel(ExpertsKernel):
+    """AVX2, AVX-512 and portable C++, whatever the processor has; see docs/cpu.md."""
+
+    name: ClassVar[str] = "cpu"
+    devices: ClassVar[tuple[str, ...] | None] = ("cpu",)
+    is_row_invariant: ClassVar[bool] = True
+    packs_in_graphs: ClassVar[bool] = False
+    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = tuple(ActivationDtype)
+
+    def cannot_run(self, problem: ExpertsProblem) -> str | None:
+        reason = missing()
+        if reason is not None:
+            return reason
+        if problem.row_dtype not in ROW_DTYPES:
+            return f"computes rows of fp32, fp16 and bf16, not {problem.row_dtype}"
+        if problem.experts.gate_up is GateUp.SEPARATE and len(problem.schemes) > 1:
+            return "reads gate and up of one scheme, and the projections have several"
+        for scheme in problem.schemes:
+            reason = unreadable(scheme) or no_arithmetic(scheme, problem.activation_dtype)
+            if reason is not None:
+                return reason
+        return None
+
+    def how(self, problem: ExpertsProblem) -> str:
+        """The instruction set, and what the products multiply."""
+        has_bf16 = extension().has_bf16()
+        activations = dict.fromkeys(
+            arithmetic_for(scheme, problem.activation_dtype, has_bf16=has_bf16).words
+            for scheme in problem.schemes
+        )
+        return f"{current_path()}, {' and '.join(activations)} activations"
+
+    def pack(
+        self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
+    ) -> PackedLayer:
+        """Lay the weights out in panels.
+
+        Raises:
+            InputError: a scale, zero point or code is not finite.
+        """
+        return pack_layer(weights, activation_dtype)
+
+    def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
+        assert isinstance(packed, PackedLayer)
+        return unpack_layer(packed)
+
+    def run(
+        self,
+        packed: Any,
+        batch: ExpertBatch,
+        *,
+        weight_on: WeightOn = WeightOn.OUTPUT,
+        reduce: bool = True,
+    ) -> Tensor:
+        on_input = weight_on is WeightOn.INPUT
+        if torch.compiler.is_compiling():
+            out: Tensor = torch.ops.mixtura.cpu_experts(
+                batch.hidden_states,
+                batch.local_ids,
+                batch.topk_weights,
+                packed.key,
+                on_input,
+                reduce,
+            )
+            return out
+        return run_packed(packed, batch, on_input, reduce)
+
+
+def run_packed(packed: PackedLayer, batch: ExpertBatch, on_input: bool, reduce: bool) -> Tensor:
+    """One call of the extension.
+
+    Raises:
+        InputError: rows, ids or weights of a dtype, device, shape or alignment that the kernels do
+            not take, or an id outside [-1, L).
+    """
+    rows, ids, weights = batch.hidden_states, batch.local_ids, batch.topk_weights
+    if not (
+        rows.dtype in ROW_DTYPES
+        and ids.dtype is torch.int32
+        and weights.dtype in ROW_DTYPES
+        and rows.is_cpu
+        and ids.is_cpu
+        and weights.is_cpu
+        and ids.ndim == 2
+        and rows.shape == (ids.shape[0], packed.template.config.hidden_size)
+        and weights.shape == ids.shape
+    ):
+        _refuse(packed, batch)
+    if weights.dtype is not torch.float32:
+        weights = weights.float()
+    rows, ids, weights = rows.contiguous(), ids.contiguous(), weights.contiguous()
+    row_address, id_address, weight_address = rows.data_ptr(), ids.data_ptr(), weights.data_ptr()
+    if row_address % rows.itemsize or (id_address | weight_address) % 4:
+        _refuse(packed, ExpertBatch(rows, ids, weights))
+    num_tokens, top_k = ids.shape
+    if reduce:
+        out = torch.empty_like(rows)
+    else:
+        out = rows.new_empty((num_tokens, top_k, rows.shape[1]), dtype=torch.float32)
+    is_done = extension().run_experts(
+        packed.handle,
+        row_address,
+        ROW_DTYPES[rows.dtype],
+        id_address,
+        weight_address,
+        out.data_ptr(),
+        num_tokens,
+        top_k,
+        on_input,
+        reduce,
+        torch.get_num_threads(),
+    )
+    if not is_done:
+        raise InputError(
+            f"local_ids ({int(ids.min())} to {int(ids.max())}) must be in [-1, "
+            f"{packed.template.config.num_experts}); got another. Check the router or the ids."
+        )
+    return out
+
+
+def _refuse(packed: PackedLayer, batch: ExpertBatch) -> NoReturn:
+    """Say which tensor of a batch is wrong, and how."""
+    ids, width = batch.local_ids, packed.template.config.hidden_size
+    floats = tuple(ROW_DTYPES)
+    wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...], str]] = {
+        "local_ids": ((torch.int32,), tuple(ids.shape[:2]), "(rows, top_k)"),
+        "hidden_states": (floats, (*ids.shape[:1], width), f"(rows, {width})"),
+        "topk_weights": (floats, tuple(ids.shape), "(rows, top_k), as local_ids"),
+    }
+    for name, (dtypes, shape, words) in wanted.items():
+        tensor: Tensor = getattr(batch, name)
+        is_shaped = tuple(tensor.shape) == shape and len(shape) == 2
+        if tensor.dtype not in dtypes or not tensor.is_cpu or not is_shaped:
+            choices = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise InputError(
+                f"{name} {tuple(tensor.shape)} must be {words} of {choices} on the CPU; got "
+                f"{tensor.dtype} on {tensor.device}, with local_ids {tuple(ids.shape)}. Convert it."
+            )
+        if tensor.data_ptr() % tensor.itemsize:
+            raise InputError(
+                f"{name} {shape} must be aligned to its elements; got the address "
+                f"{tensor.data_ptr():#x} for {tensor.dtype}. Clone it."
+            )
+    raise AssertionError("nothing is wrong")
+
+
+@torch.library.custom_op("mixtura::cpu_experts", mutates_args=())
+def _cpu_experts(
+    rows: Tensor, ids: Tensor, weights: Tensor, key: Tensor, on_input: bool, reduce: bool
+) -> Tensor:
+    packed = _KEYS.find(key)
+    return run_packed(packed, ExpertBatch(rows, ids, weights), on_input, reduce)
+
+
+@_cpu_experts.register_fake
+def _(
+    rows: Tensor, ids: Tensor, weights: Tensor, key: Tensor, on_input: bool, reduce: bool
+) -> Tensor:
+    if reduce:
+        return torch.empty_like(rows, memory_format=torch.contiguous_format)
+    return rows.new_empty((ids.shape[0], ids.shape[1], rows.shape[1]), dtype=torch.float32)
+
+
+def _parts(weights: ExpertWeights) -> list[Part]:
+    """The rows of gate and up, whatever holds them."""
+    stack, size = weights.gate_up_proj, weights.config.intermediate_size
+    match weights.config.gate_up:
+        case GateUp.STACKED:
+            return [Part(stack, 0, size), Part(stack, size, 2 * size)]
+        case GateUp.INTERLEAVED:
+            return [Part(stack, 0, None, 2), Part(stack, 1, None, 2)]
+        case GateUp.SEPARATE:
+            assert weights.up_proj is not None
+            return [Part(stack), Part(weights.up_proj)]
+        case GateUp.UNGATED:
+            return [Part(stack)]
+
+
+@torch.no_grad()
+def pack_layer(
+    weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
+) -> PackedLayer:
+    """Lay the weights of a layer out; see `CpuKernel.pack`."""
+    config = weights.config
+    has_bf16 = extension().has_bf16()
+
+    def arithmetic(matrix: QuantizedMatrix) -> Arithmetic:
+        return arithmetic_for(matrix.scheme, activation_dtype, has_bf16=has_bf16)
+
+    bias = weights.gate_up_bias
+    if bias is not None and config.gate_up is GateUp.INTERLEAVED:
+        bias = bias.view(len(bias), -1, 2).mT.flatten(1)
+    gate_up = pack_panels(_parts(weights), arithmetic(weights.gate_up_proj), bias)
+    down = pack_panels([Part(weights.down_proj)], arithmetic(weights.down_proj), weights.down_bias)
+    # A copy always: what it is packed from may be freed.
+    post_norm = None if weights.post_norm is None else weights.post_norm.detach().clone().float()
+    activation = config.activation
+    handle = extension().layer(
+        gate_up.handle,
+        down.handle,
+        config.is_gated,
+        _FUNCTIONS[activation.function],
+        _LIMITS[activation.limit_on],
+        activation.alpha,
+        activation.limit or 0.0,
+        activation.up_offset,
+        activation.gate_softcap or 0.0,
+        activation.up_softcap or 0.0,
+        _NORMS[config.post_norm],
+        config.post_norm_epsilon,
+        0 if post_norm is None else post_norm.data_ptr(),
+        config.num_experts,
+    )
+    template = weights.mapped(_kept_whole_if_small)
+    key = _KEYS.new()
+    packed = PackedLayer(gate_up, down, post_norm, template, handle, key)
+    _KEYS.name(key, packed)
+    return packed
+
+
+def _kept_whole_if_small(tensor: Tensor) -> Tensor:
+    """Biases and norms stay as they came; of matrices only the shape is kept."""
+    if tensor.dim() < 3:
+        return tensor.detach().clone()
+    return tensor.new_empty(()).expand(tensor.shape)
+
+
+def unpack_layer(packed: PackedLayer) -> ExpertWeights:
+    """The inverse of `pack_layer`, bit for bit."""
+    template = packed.template
+    parts = _parts(template)
+    stacks: dict[int, dict[str, Tensor]] = {}
+
+    def restored(panels: Panels, parts: list[Part]) -> None:
+        for index, part in enumerate(parts):
+            into = stacks.setdefault(id(part.matrix), _empty_tensors(part.matrix))
+            unpack_part(panels, part, index, into)
+
+    restored(packed.gate_up, parts)
+    restored(packed.down, [Part(template.down_proj)])
+
+    def matrix(old: QuantizedMatrix) -> QuantizedMatrix:
+        tensors = stacks[id(old)]
+        return QuantizedMatrix(old.scheme, old.shape, **tensors)
+
+    return ExpertWeights(
+        template.config,
+        gate_up_proj=matrix(template.gate_up_proj),
+        down_proj=matrix(template.down_proj),
+        up_proj=None if template.up_proj is None else matrix(template.up_proj),
+        gate_up_bias=template.gate_up_bias,
+        down_bias=template.down_bias,
+        post_norm=template.post_norm,
+    )
+
+
+def _empty_tensors(matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in matrix.tensors.items()
+    }

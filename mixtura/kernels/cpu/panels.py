@@ -1,0 +1,370 @@
+"""Matrices in the order in which the C++ kernels read them.
+
+Sixteen outputs are a panel. A panel is stored a 32-bit word of codes at a time, the sixteen outputs
+beside each other: 64 bytes, one load. Four panels share their words, one after the other, so that a
+stack is read as one stream. The codes within a word stay as `quant/packing.py` has them,
+so that packing is one transposition of words whatever the format; the kernels bring the activations
+into the order of the codes instead. Gate and up alternate: a panel of gates, a panel of ups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixtura.config import ActivationDtype
+from mixtura.errors import InputError
+from mixtura.kernels.cpu.extension import extension
+from mixtura.kernels.cpu.memory import allocate
+from mixtura.quant.scheme import Code, GlobalScale, QuantizedMatrix, QuantScheme, ZeroPoint
+
+PANEL = 16
+QUAD = 4
+WORD_BYTES = 4
+ACTIVATION_GROUP = 128
+"""Columns that share a scale of int8 activations where the weights have no groups of their own."""
+LARGEST_GROUP = 256
+"""Columns of a group that always fit the kernels' buffer of unpacked codes."""
+
+
+ROW_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""What rows of activations may be; the values are `Dtype` of csrc/types.h."""
+
+
+class Arithmetic(IntEnum):
+    """What is multiplied; the values are those of csrc/types.h."""
+
+    F32 = 0
+    BF16 = 1
+    INT8 = 2
+
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return ("fp32", "bf16", "int8")[self]
+
+
+_CODES = {
+    (Code.DENSE, 32): 0,
+    (Code.DENSE, 16): 1,  # float16; bfloat16 is below
+    (Code.INT, 8): 3,
+    (Code.INT, 4): 4,
+    (Code.E2M1, 4): 5,
+    (Code.E4M3, 8): 6,
+}
+_BF16_CODE = 2
+
+_KINDS: dict[torch.dtype, int] = {
+    torch.float32: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.float8_e8m0fnu: 4,
+    torch.float8_e4m3fn: 5,
+    torch.uint8: 6,
+    torch.int16: 7,
+}
+
+
+def code_number(scheme: QuantScheme) -> int:
+    """`Code` of csrc/types.h."""
+    if scheme.values_dtype is torch.bfloat16:
+        return _BF16_CODE
+    return _CODES[scheme.code, scheme.bits]
+
+
+def unreadable(scheme: QuantScheme) -> str | None:
+    """Why the C++ kernels cannot read a scheme, or None."""
+    if (scheme.code, scheme.bits) not in _CODES:
+        name = f"int{scheme.bits}" if scheme.code is Code.INT else scheme.code.value
+        if scheme.code is Code.DENSE:
+            name = str(scheme.values_dtype).removeprefix("torch.")
+        return f"reads fp32, fp16, bf16, 8- and 4-bit integers, e2m1 and e4m3 codes, not {name}"
+    if scheme.has_permutation:
+        return "reads columns in their own order, and these are permuted"
+    columns = scheme.group_shape[1]
+    if columns is not None and (columns % PANEL or columns > LARGEST_GROUP):
+        return f"reads groups of 16, 32, .. {LARGEST_GROUP} columns, and these have {columns}"
+    if not scheme.is_quantized or columns is not None:
+        return None
+    if scheme.global_scale is not GlobalScale.NONE:
+        return "has one scale for an output, and these have two"
+    if scheme.zero_point not in (ZeroPoint.NONE, ZeroPoint.MID):
+        return "reads zero points of groups, and these belong to whole outputs"
+    return None
+
+
+def no_arithmetic(scheme: QuantScheme, asked: ActivationDtype | None) -> str | None:
+    """Why products with a scheme cannot have the arithmetic asked for, or None."""
+    if asked is ActivationDtype.INT8 and scheme.code is Code.E4M3:
+        return "multiplies int8 activations with integers and e2m1 codes, not with e4m3"
+    return None
+
+
+def arithmetic_for(
+    scheme: QuantScheme, activation_dtype: ActivationDtype | None, *, has_bf16: bool
+) -> Arithmetic:
+    """The products' arithmetic.
+
+    Dense weights as they are; integers and e2m1 with int8 activations unless bf16 is asked for;
+    e4m3 with bf16, and fp32 wherever the processor has no products of bf16.
+    """
+    wide = Arithmetic.BF16 if has_bf16 else Arithmetic.F32
+    if not scheme.is_quantized:
+        return wide if scheme.values_dtype is torch.bfloat16 else Arithmetic.F32
+    if scheme.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
+        return wide
+    return Arithmetic.INT8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a stack: all of it, or the gate or up half of one that holds both."""
+
+    matrix: QuantizedMatrix
+    first: int = 0
+    last: int | None = None
+    step: int = 1
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last, self.step)
+
+    @property
+    def num_rows(self) -> int:
+        return len(range(*self.rows.indices(self.matrix.shape[-2])))
+
+    def by_group(self, grid: Tensor) -> Tensor:
+        """A grid (L, GN, GK) with a row for each of these rows. -> (L, rows, GK)."""
+        num_rows = self.matrix.shape[-2]
+        size = self.matrix.scheme.group_shape[0] or num_rows
+        if size != 1:
+            grid = _bits(grid).repeat_interleave(size, 1)[:, :num_rows].view(grid.dtype)
+        return grid[:, self.rows]
+
+    def from_rows(self, grid: Tensor, into: Tensor) -> None:
+        """The inverse: write rows of these back into a grid (L, GN, GK)."""
+        num_rows = self.matrix.shape[-2]
+        size = self.matrix.scheme.group_shape[0] or num_rows
+        rows = torch.arange(num_rows)[self.rows]
+        _bits(into)[:, rows // size] = _bits(grid)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, which torch can index and copy whatever the dtype."""
+    if tensor.dtype.is_floating_point and tensor.itemsize < 4:
+        return tensor.view(torch.uint8 if tensor.itemsize == 1 else torch.int16)
+    return tensor
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's elements as bytes, its last dimension as many times as long."""
+    if tensor.stride(-1) != 1 or not tensor.is_contiguous():
+        # A last dimension of 1 counts as contiguous whatever its stride, and yet has no bytes.
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A stack of matrices in panels, and the C++ description of it.
+
+    Attributes:
+        tensors: what the kernels read, experts first: `values`, and where there are any `scales`,
+            `zeros` (per group), `row_scale` and `bias` (fp32, per output).
+        num_parts: 2 where panels of gates and ups alternate.
+        part_rows: outputs of each part.
+        handle: the `Matrix` of csrc/types.h; it points into `tensors`.
+    """
+
+    tensors: dict[str, Tensor]
+    num_parts: int
+    part_rows: int
+    handle: Any
+
+    def part(self, name: str, index: int) -> Tensor:
+        """Rows of one part of a tensor. -> (L, rows, words or groups)."""
+        panels = _bits(_panels_of(self.tensors[name], self.num_parts, index))
+        rows = panels.mT.reshape(panels.shape[0], -1, panels.shape[3])
+        return rows[:, : self.part_rows].view(self.tensors[name].dtype)
+
+
+def _panels_of(tensor: Tensor, num_parts: int, index: int) -> Tensor:
+    """A view of one part's panels: (L, quads, panels of the part in a quad, columns, PANEL)."""
+    if tensor.dim() == 5:  # the panels of a quad share their words
+        quads = tensor.transpose(2, 3)
+    else:
+        quads = tensor.view(tensor.shape[0], -1, QUAD, *tensor.shape[2:])
+    count, num_quads, _, columns, _ = quads.shape
+    split = quads.view(count, num_quads, QUAD // num_parts, num_parts, columns, PANEL)
+    return split[:, :, :, index]
+
+
+def pack_panels(
+    parts: Sequence[Part], arithmetic: Arithmetic, bias: Tensor | None = None
+) -> Panels:
+    """Lay a projection out for the kernels.
+
+    Args:
+        parts: of one scheme, and equally many rows each; gate then up where there are two.
+        arithmetic: of the products.
+        bias: (L, parts * rows), the parts' rows one after the other.
+
+    Raises:
+        InputError: a scale, zero point or e4m3 code is not finite.
+    """
+    first = parts[0].matrix
+    scheme, num_columns = first.scheme, first.shape[-1]
+    num_experts, part_rows = first.shape[0], parts[0].num_rows
+    for part in parts:
+        _check_finite(part.matrix)
+    layout = _Layout(num_experts, -(-part_rows * len(parts) // (PANEL * QUAD)), len(parts))
+    row_bytes = -(-num_columns * scheme.bits // 8)
+    num_words = -(-row_bytes // WORD_BYTES)
+    shape = (num_experts, layout.num_quads, num_words, QUAD, PANEL)
+    tensors = {"values": allocate(shape, torch.int32)}
+    for index, part in enumerate(parts):
+        for expert in range(num_experts):
+            codes = _as_bytes(part.matrix.values[expert][part.rows])
+            codes = F.pad(codes, (0, num_words * WORD_BYTES - row_bytes))
+            layout.put(tensors["values"][expert : expert + 1], index, codes.view(torch.int32)[None])
+
+    columns = scheme.group_shape[1] if scheme.is_quantized else None
+    if scheme.is_quantized:
+        _pack_scales(tensors, layout, parts, has_groups=columns is not None)
+    if bias is not None:
+        halves = bias.float().view(num_experts, len(parts), part_rows, 1).unbind(1)
+        tensors["bias"] = layout.gathered(halves)
+    if columns is None and arithmetic is Arithmetic.INT8:
+        columns = ACTIVATION_GROUP
+    scales, zeros = tensors.get("scales"), tensors.get("zeros")
+    handle = extension().matrix(
+        code_number(scheme),
+        int(arithmetic),
+        part_rows * len(parts),
+        num_columns,
+        layout.num_panels,
+        columns or 0,
+        tensors["values"].data_ptr(),
+        0 if scales is None else _KINDS[scales.dtype],
+        0 if scales is None else scales.data_ptr(),
+        0 if zeros is None else _KINDS[zeros.dtype],
+        scheme.zero_point is ZeroPoint.MINIMUM,
+        0 if zeros is None else zeros.data_ptr(),
+        _address(tensors.get("row_scale")),
+        _address(tensors.get("bias")),
+    )
+    return Panels(tensors, len(parts), part_rows, handle)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pack_scales(
+    tensors: dict[str, Tensor], layout: _Layout, parts: Sequence[Part], *, has_groups: bool
+) -> None:
+    scales = [part.by_group(_present(part.matrix.scales)) for part in parts]
+    if has_groups:
+        tensors["scales"] = layout.gathered(scales)
+    else:
+        tensors["row_scale"] = layout.gathered([grid.float() for grid in scales])
+    if parts[0].matrix.zero_points is not None:
+        zeros = [part.by_group(_present(part.matrix.zero_points)) for part in parts]
+        tensors["zeros"] = layout.gathered(zeros)
+    if parts[0].matrix.global_scale is not None:
+        rows = [
+            _present(part.matrix.global_scale)
+            .reshape(layout.num_experts, -1, 1)
+            .expand(-1, part.matrix.shape[-2], -1)[:, part.rows]
+            for part in parts
+        ]
+        tensors["row_scale"] = layout.gathered(rows)
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where rows of parts go."""
+
+    num_experts: int
+    num_quads: int
+    num_parts: int
+
+    @property
+    def num_panels(self) -> int:
+        return self.num_quads * QUAD
+
+    def put(self, into: Tensor, part: int, rows: Tensor) -> None:
+        """Write rows (L, n, columns) of a part into (L, panels, columns, PANEL), or into quads."""
+        target, source = _bits(_panels_of(into, self.num_parts, part)), _bits(rows)
+        count, quads, panels, columns, _ = target.shape
+        missing = quads * panels * PANEL - rows.shape[1]
+        if missing:
+            source = F.pad(source, (0, 0, 0, missing))
+        target.copy_(source.reshape(count, quads, panels, PANEL, columns).mT)
+
+    def gathered(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows (L, n, columns) of all parts -> (L, panels, columns, PANEL), zeros beyond them."""
+        columns = parts[0].shape[-1]
+        into = allocate((self.num_experts, self.num_panels, columns, PANEL), parts[0].dtype)
+        for index, rows in enumerate(parts):
+            self.put(into, index, rows)
+        return into
+
+
+def unpack_part(panels: Panels, part: Part, index: int, into: dict[str, Tensor]) -> None:
+    """Write one part's tensors, by the fields of `QuantizedMatrix`, back into its stack."""
+    matrix, scheme = part.matrix, part.matrix.scheme
+    codes = _as_bytes(panels.part("values", index))
+    values = into["values"]
+    row_bytes = values.shape[-1] * values.itemsize
+    values[:, part.rows] = _as_bytes(codes[..., :row_bytes]).view(values.dtype)
+    if not scheme.is_quantized:
+        return
+    if "scales" in panels.tensors:
+        part.from_rows(panels.part("scales", index), into["scales"])
+    else:
+        rows = panels.part("row_scale", index).to(into["scales"].dtype)
+        part.from_rows(rows, into["scales"])
+    if matrix.zero_points is not None:
+        part.from_rows(panels.part("zeros", index), into["zero_points"])
+    if matrix.global_scale is not None:
+        rows = panels.part("row_scale", index)[..., 0]
+        if scheme.global_scale is GlobalScale.ROW:
+            into["global_scale"][:, part.rows] = rows
+        else:
+            into["global_scale"].copy_(rows[:, 0])
+
+
+def _check_finite(matrix: QuantizedMatrix) -> None:
+    """Raise `InputError` unless scales, zero points and e4m3 codes are numbers."""
+    if not matrix.is_quantized:
+        return
+    named = {"scales": matrix.scales, "zero_points": matrix.zero_points}
+    named["global_scale"] = matrix.global_scale
+    for name, tensor in named.items():
+        if tensor is None or not tensor.dtype.is_floating_point:
+            continue
+        bad = (~torch.isfinite(tensor.float())).nonzero()
+        if len(bad):
+            raise InputError(
+                f"{name} ({tuple(bad[0].tolist())}) must be finite; got "
+                f"{tensor.float()[tuple(bad[0])].item()}. Fetch or make the weights again."
+            )
+    if matrix.scheme.code is Code.E4M3:
+        for expert, codes in enumerate(matrix.values):
+            if bool(((codes & 127) == 127).any()):
+                raise InputError(
+                    f"values (expert {expert}) must be numbers; got NaN codes of e4m3. Fetch or "
+                    f"make the weights again."
+                )
