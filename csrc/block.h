@@ -106,12 +106,11 @@ struct Block {
   float* c;
   int64_t c_stride;
   bool accumulate;
-  const uint8_t* prefetch;            // CHUNK: read ahead from here
-  int64_t prefetch_step;              // bytes a word
+  const uint8_t* prefetch;            // read ahead from here,
+  int64_t prefetch_step;              // this many bytes further for every word
 };
 
-// STREAM: every word is read once, from memory. CHUNK: words are in the cache, and what comes next
-// is fetched meanwhile.
+// STREAM: words of quads, as they are in memory. CHUNK: words that are in the first-level cache.
 enum class Mode { STREAM, CHUNK };
 
 constexpr int64_t kAhead = 4096;  // bytes that are fetched ahead of a stream; measured, 2048 to 8192
@@ -122,19 +121,16 @@ FN void run_words(typename Op::Acc (&t)[MR][NR], const uint32_t* const (&x)[MR],
   const int64_t word_stride = MODE == Mode::STREAM ? kQuadBytes : k.word_stride;
   const int64_t panel_stride = MODE == Mode::STREAM ? kWordBytes : k.panel_stride;
   const uint8_t* b = k.values + first * word_stride;
-  const uint8_t* fetch = MODE == Mode::CHUNK ? k.prefetch + (first - k.first_word) * k.prefetch_step
-                                             : nullptr;
+  const uint8_t* fetch = k.prefetch + (first - k.first_word) * k.prefetch_step;
   for (int64_t word = first; word < last; ++word, b += word_stride) {
     V raw[NR];
 #pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) {
       raw[n] = v_load(b + n * panel_stride);
-      if constexpr (MODE == Mode::STREAM) __builtin_prefetch(b + n * panel_stride + kAhead);
+      if constexpr (MODE == Mode::STREAM) __builtin_prefetch(fetch + n * kWordBytes);
     }
-    if constexpr (MODE == Mode::CHUNK) {
-      __builtin_prefetch(fetch, 0, 2);
-      fetch += k.prefetch_step;
-    }
+    if constexpr (MODE == Mode::CHUNK) __builtin_prefetch(fetch, 0, 2);
+    fetch += k.prefetch_step;
 #pragma GCC unroll 8
     for (int s = 0; s < Op::SUBS; ++s) {
       V w[NR];

@@ -1174,3 +1174,37 @@ def test_problems_of_every_format_choose_it():
     for weight_format, dtype in itertools.product(PACKED_FORMATS, ROW_DTYPES):
         problem = ExpertsProblem(sizes(), (weight_format.scheme,), dtype, "cpu")
         assert select_kernel(problem, strict=True).kernel.name == "cpu"
+
+
+# ------------------------------------------------------------------------ the arithmetic asked for
+
+
+def experts_with(weight_format: WeightFormat, asked: ActivationDtype | None) -> RoutedExperts:
+    weights = quantized(random_weights(sizes(4, 256, 128)), weight_format)
+    options = ExpertsOptions(activation_dtype=asked)
+    return RoutedExperts(weights.config, weights=weights, options=options)
+
+
+def test_activations_are_rounded_to_what_is_asked_for():
+    batch = random_batch(sizes(4, 256, 128), 40)
+    truth = truth_of(experts_with(WeightFormat.INT4_G32, None).expert_weights, batch)[0]
+    errors = {}
+    for asked in (None, *ActivationDtype):
+        experts = experts_with(WeightFormat.INT4_G32, asked)
+        decision = experts.decide(experts.problem(torch.float32, needs_grad=False))
+        name = (asked or ActivationDtype.INT8).value
+        words = decision.kernel.how(decision.problem)
+        assert words.startswith(f"{extension().current()}, ")
+        if extension().has_bf16():
+            assert words.endswith(f", {name} activations")
+        errors[asked] = frobenius_error(experts.run_batch(batch), truth)
+    assert errors[None] == errors[ActivationDtype.INT8] > 2 * errors[ActivationDtype.BF16]
+
+
+def test_an_arithmetic_that_no_kernel_has_is_refused():
+    experts = experts_with(WeightFormat.FP8, ActivationDtype.INT8)
+    with pytest.raises(NoKernelFits) as caught:
+        experts.run_batch(random_batch(sizes(4, 256, 128), 2))
+    text = str(caught.value)
+    assert "cpu: multiplies int8 activations with integers and e2m1 codes, not with e4m3" in text
+    assert "torch: has no int8 activations" in text
