@@ -150,3 +150,20 @@ def test_an_instruction_set_defines_its_table_and_nothing_else():
         table = f"mixtura::kernels_{name.removeprefix('isa/')}"
         defined = {symbol for symbol, kind in kinds.items() if kind.isupper() and kind != "U"}
         assert defined == {table}, name
+
+
+@pytest.mark.parametrize("source", ["isa", "experts", "features", "routing", "team"])
+def test_another_processor_can_be_compiled_for(source, tmp_path):
+    """What is not x86-64 gets the portable kernels, and nothing that only x86-64 has."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no compiler for aarch64")
+    flags = ["-std=c++17", "-O0", "-fPIC", "-DMIXTURA_ISA=portable"]
+    path = ROOT / "csrc" / f"{source}.cpp"
+    done = subprocess.run(
+        [compiler, *flags, "-c", str(path), "-o", str(tmp_path / "object.o")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
