@@ -90,7 +90,7 @@ static void multiply(const Matrix& m, int64_t expert, int64_t first_panel, int64
   int64_t chunk = kChunkBytes / kWordBytes / wide / subs;  // words
   if (m.is_grouped) chunk = chunk < m.group_words ? m.group_words : chunk / m.group_words * m.group_words;
   const int64_t fit = kUnpackedBytes / kWordBytes / wide / subs;
-  if (chunk > fit) chunk = fit;  // a group longer than the buffer is added up piece by piece
+  if (chunk > fit) chunk = fit;  // groups of up to 256 columns always fit whole
   k.group_words = m.group_words * subs;
   const int parts = kQuad / wide;  // of a quad, one after the other
   const int fetching = parts * num_blocks < kQuad ? parts * num_blocks : kQuad;

@@ -107,7 +107,7 @@ def run_linear(linear: CpuLinear, rows: Tensor) -> Tensor:
             f"{num_columns}) of fp32, fp16 or bf16 on the CPU; got others. Convert them."
         )
     rows = rows.contiguous()
-    out = torch.empty((*rows.shape[:-1], num_rows), dtype=rows.dtype)
+    out = rows.new_empty((*rows.shape[:-1], num_rows))
     extension().run_linear(
         linear.handle,
         rows.data_ptr(),
