@@ -111,6 +111,14 @@ Input make_input(Address x, int x_dtype, Address ids, Address weights, Address o
           num_tokens,     top_k,          weight_on_input,  reduce};
 }
 
+// Weights are packed for the arithmetic of a path; on another that may be missing.
+void check_arithmetic(const Layer& layer) {
+  const bool needs_bf16 = layer.gate_up.arithmetic == Arithmetic::BF16 ||
+                          layer.down.arithmetic == Arithmetic::BF16;
+  if (needs_bf16 && !current_kernels().has_bf16)
+    throw nb::value_error("weights packed for bf16 products must run on a path that has them");
+}
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -170,6 +178,7 @@ NB_MODULE(_cpu, m) {
   m.def("run_experts",
         [](const Layer& layer, Address x, int x_dtype, Address ids, Address weights, Address out,
            int64_t num_tokens, int64_t top_k, bool weight_on_input, bool reduce, int num_threads) {
+          check_arithmetic(layer);
           nb::gil_scoped_release release;
           return run_experts(current_kernels(), layer,
                              make_input(x, x_dtype, ids, weights, out, num_tokens, top_k,
@@ -178,6 +187,7 @@ NB_MODULE(_cpu, m) {
         });
   m.def("run_linear", [](const Layer& layer, Address x, int x_dtype, Address out,
                          int64_t num_tokens, int num_threads) {
+    check_arithmetic(layer);
     nb::gil_scoped_release release;
     run_linear(current_kernels(), layer,
                make_input(x, x_dtype, 0, 0, out, num_tokens, 1, false, true), num_threads);

@@ -1208,3 +1208,13 @@ def test_an_arithmetic_that_no_kernel_has_is_refused():
     text = str(caught.value)
     assert "cpu: multiplies int8 activations with integers and e2m1 codes, not with e4m3" in text
     assert "torch: has no int8 activations" in text
+
+
+def test_weights_packed_for_bf16_do_not_run_where_there_is_none():
+    if "avx512_bf16" not in runnable_paths():
+        pytest.skip("no path with products of bf16")
+    weights = random_weights(sizes(), torch.bfloat16)
+    with forced_path("avx512_bf16"):
+        packed = pack_layer(weights)
+    with forced_path("portable"), pytest.raises(ValueError, match="must run on a path that has"):
+        run(packed, random_batch(sizes(), 2, dtype=torch.bfloat16))
