@@ -14,6 +14,10 @@ constexpr int kE2M1Zero = 12;
 alignas(16) constexpr uint8_t kE2M1Bytes[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                                 12, 11, 10, 9,  8,  6,  4,  0};
 
+// The same for signed products: 2 * level.
+alignas(16) constexpr uint8_t kE2M1Signed[16] = {0, 1,   2,   3,   4,   6,   8,   12,
+                                                 0, 255, 254, 253, 252, 250, 248, 244};
+
 FN int kind_size(Kind kind) {
   switch (kind) {
     case Kind::F32: return 4;
@@ -107,7 +111,8 @@ struct Block {
   int64_t c_stride;
   bool accumulate;
   const uint8_t* prefetch;            // read ahead from here,
-  int64_t prefetch_step;              // this many bytes further for every word
+  int64_t prefetch_step;              // this many bytes further for every word,
+  int64_t prefetch_lane;              // STREAM: so far apart for the panels beside each other
 };
 
 // STREAM: words of quads, as they are in memory. CHUNK: words that are in the first-level cache.
@@ -127,7 +132,7 @@ FN void run_words(typename Op::Acc (&t)[MR][NR], const uint32_t* const (&x)[MR],
 #pragma GCC unroll 8
     for (int n = 0; n < NR; ++n) {
       raw[n] = v_load(b + n * panel_stride);
-      if constexpr (MODE == Mode::STREAM) __builtin_prefetch(fetch + n * kWordBytes);
+      if constexpr (MODE == Mode::STREAM) __builtin_prefetch(fetch + n * k.prefetch_lane);
     }
     if constexpr (MODE == Mode::CHUNK) __builtin_prefetch(fetch, 0, 2);
     fetch += k.prefetch_step;

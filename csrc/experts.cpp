@@ -69,17 +69,18 @@ int64_t longest_row(const Layer& layer) {
   return (widest + kPanel - 1) / kPanel * kPanel + kPanel;
 }
 
-Scratch thread_scratch(const Layer& layer) {
+Scratch thread_scratch(const Layer& layer, const Kernels& kernels) {
   static thread_local Arena arena;
   Scratch s{};
   for (uint8_t* base = nullptr;;) {
     Cutter cut(base);
-    s.c = cut.take<float>(kRowChunk * scratch_columns(layer));
+    s.c = cut.take<float>(kernels.row_chunk * scratch_columns(layer));
     s.unpacked = cut.take<uint8_t>(kUnpackedBytes);
     s.row = cut.take<float>(longest_row(layer));
     // Last: memory that is not touched without tiles.
     s.tile_rows = cut.take<uint32_t>(
-        kRowChunk * std::max(tile_row_words(layer.gate_up), tile_row_words(layer.down)));
+        kTileRowChunk * std::max(tile_row_words(layer.gate_up), tile_row_words(layer.down)));
+    s.rows_of = s.tiles_of = -1;
     if (base) return s;
     base = arena.get(cut.used());
   }
@@ -128,17 +129,18 @@ struct Job {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Does tasks 0 .. count - 1 of a phase, whichever comes next.
-template <class Task> void each(Team& team, int phase, int64_t count, const Task& task) {
-  for (int64_t n = team.take(phase); n < count; n = team.take(phase)) task(n);
+// Does a member's share of tasks 0 .. count - 1 of a phase.
+template <class Task>
+void each(Team& team, int member, int phase, int64_t count, const Task& task) {
+  for (int64_t n; (n = team.take(phase, member, count)) < count;) task(n);
 }
 
-void experts_region(void* context, Team& team, int) {
+void experts_region(void* context, Team& team, int member) {
   const Job& job = *(const Job*)context;
   const Call& call = job.call;
   const Kernels& kernels = *job.kernels;
   const Sorted& sorted = *job.sorted;
-  Scratch scratch = thread_scratch(*call.layer);
+  Scratch scratch = thread_scratch(*call.layer, kernels);
   const int64_t row_tasks = ceil_div(call.num_tokens, job.row_block);
   const auto rows = [&](void (*run)(const Call&, int64_t, Scratch&)) {
     return [&, run](int64_t n) {
@@ -146,39 +148,39 @@ void experts_region(void* context, Team& team, int) {
       for (int64_t token = n * job.row_block; token < last; ++token) run(call, token, scratch);
     };
   };
-  each(team, 0, row_tasks, rows(kernels.prepare));
+  each(team, member, 0, row_tasks, rows(kernels.prepare));
   team.barrier();
-  each(team, 1, (int64_t)sorted.active.size() * job.units, [&](int64_t n) {
+  each(team, member, 1, (int64_t)sorted.active.size() * job.units, [&](int64_t n) {
     kernels.gate_up(call, sorted.active[n / job.units], n % job.units, scratch);
   });
   team.barrier();
   const int64_t num_panels = call.layer->down.num_panels;
-  each(team, 2, (int64_t)sorted.active.size() * job.down_tasks, [&](int64_t n) {
+  each(team, member, 2, (int64_t)sorted.active.size() * job.down_tasks, [&](int64_t n) {
     const int64_t first = n % job.down_tasks * kDownPanels;
     kernels.down(call, sorted.active[n / job.down_tasks], first,
                  std::min(kDownPanels, num_panels - first), scratch);
   });
   team.barrier();
-  each(team, 3, row_tasks, rows(kernels.combine));
+  each(team, member, 3, row_tasks, rows(kernels.combine));
 }
 
-void linear_region(void* context, Team& team, int) {
+void linear_region(void* context, Team& team, int member) {
   const Job& job = *(const Job*)context;
   const Call& call = job.call;
-  Scratch scratch = thread_scratch(*call.layer);
+  Scratch scratch = thread_scratch(*call.layer, *job.kernels);
   const int64_t row_tasks = ceil_div(call.num_tokens, job.row_block);
   const auto block = [&](int64_t n, auto run) {
     const int64_t last = std::min(call.num_tokens, (n + 1) * job.row_block);
     for (int64_t token = n * job.row_block; token < last; ++token) run(call, token, scratch);
   };
-  each(team, 0, row_tasks, [&](int64_t n) { block(n, job.kernels->prepare); });
+  each(team, member, 0, row_tasks, [&](int64_t n) { block(n, job.kernels->prepare); });
   team.barrier();
-  each(team, 1, job.down_tasks, [&](int64_t n) {
+  each(team, member, 1, job.down_tasks, [&](int64_t n) {
     const int64_t first = n * kDownPanels;
     job.kernels->down(call, 0, first, std::min(kDownPanels, call.layer->down.num_panels - first), scratch);
   });
   team.barrier();
-  each(team, 2, row_tasks, [&](int64_t n) { block(n, job.kernels->finish_linear); });
+  each(team, member, 2, row_tasks, [&](int64_t n) { block(n, job.kernels->finish_linear); });
 }
 
 // Bytes between the phases, for one token.

@@ -25,6 +25,7 @@ using namespace mixtura;
 #include "multiply_amx.h"
 #include "multiply.h"
 #include "tasks.h"
+#include "attend.h"
 #include "probe.h"
 #include "routing_gate.h"
 #include "routing_scores.h"
@@ -43,7 +44,7 @@ const Kernels NAME(MIXTURA_ISA) = {
 #else
     false,
 #endif
-    prepare, gate_up, down, combine, finish_linear, read_streams, spin, spin_operations,
-    prepare_gate, gate, score, soft_cap_logits,
+    kRows, prepare, gate_up, down, combine, finish_linear, read_streams, spin, spin_operations,
+    prepare_gate, gate, score, soft_cap_logits, attend, join_chunks,
 };
 }  // namespace mixtura

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <numeric>
 
+#include "attention.h"
 #include "experts.h"
 #include "features.h"
 #include "routing_module.h"
@@ -119,6 +120,35 @@ void check_arithmetic(const Layer& layer) {
     throw nb::value_error("weights packed for bf16 products must run on a path that has them");
 }
 
+// Shapes and strides as in `Attention`.
+void attention(Address q, Address k, Address v, Address out, int dtype, Address mask,
+               const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, float scale,
+               int num_threads) {
+  if (sizes.size() != 6 || strides.size() != 8) throw nb::value_error("six sizes, eight strides");
+  Attention a{};
+  a.q = (const void*)q;
+  a.k = (const void*)k;
+  a.v = (const void*)v;
+  a.out = (void*)out;
+  a.dtype = (Dtype)dtype;
+  a.mask = at<float>(mask);
+  a.num_sequences = sizes[0];
+  a.num_heads = sizes[1];
+  a.num_key_heads = sizes[2];
+  a.num_keys = sizes[3];
+  a.head_size = sizes[4];
+  a.value_size = sizes[5];
+  for (int i = 0; i < 3; ++i) {
+    a.k_strides[i] = strides[i];
+    a.v_strides[i] = strides[3 + i];
+  }
+  a.mask_strides[0] = strides[6];
+  a.mask_strides[1] = strides[7];
+  a.scale = scale;
+  nb::gil_scoped_release release;
+  run_attention(current_kernels(), a, num_threads);
+}
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -137,10 +167,11 @@ struct Probe {
 double time_read(Address from, int64_t bytes, int64_t slice, int streams, int num_threads) {
   Probe probe{&current_kernels(), at<uint8_t>(from), bytes, slice, streams, Arithmetic::F32, 0};
   const auto start = std::chrono::steady_clock::now();
-  run_team(num_threads, [](void* context, Team& team, int) {
+  run_team(num_threads, [](void* context, Team& team, int member) {
     Probe& p = *(Probe*)context;
     uint64_t sum = 0;
-    for (int64_t n = team.take(0); (n + 1) * p.slice <= p.bytes; n = team.take(0))
+    const int64_t count = p.bytes / p.slice;
+    for (int64_t n; (n = team.take(0, member, count)) < count;)
       sum += p.kernels->read(p.from + n * p.slice, p.slice, p.streams);
     p.sink += sum;
   }, &probe);
@@ -192,6 +223,8 @@ NB_MODULE(_cpu, m) {
     run_linear(current_kernels(), layer,
                make_input(x, x_dtype, 0, 0, out, num_tokens, 1, false, true), num_threads);
   });
+
+  m.def("attention", &attention);
 
   bind_routing(m, &current_kernels);
 

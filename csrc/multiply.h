@@ -22,7 +22,8 @@ FN void run_stream(const Blocks& blocks, int num_rows, const Matrix& m, int64_t 
   const int64_t quad_bytes = m.num_words * kQuadBytes;
   const uint32_t* const* rows = k.rows;
   float* c = k.c;
-  k.prefetch_step = kQuadBytes / passes;
+  k.prefetch_step = passes == 1 ? kWordBytes : kQuadBytes / passes;
+  k.prefetch_lane = passes == 1 ? quad_bytes / kQuad : kWordBytes;
   for (int64_t panel = 0, pass = 0; panel < num_panels; panel += wide) {
     if (panel % kQuad == 0) pass = 0;
     k.values = panel_at(m, expert, first_panel + panel);
@@ -31,7 +32,7 @@ FN void run_stream(const Blocks& blocks, int num_rows, const Matrix& m, int64_t 
       const int count = (num_rows - row + num_blocks - i - 1) / (num_blocks - i);
       k.rows = rows + row;
       k.c = c + row * k.c_stride + panel * kPanel;
-      k.prefetch = passes == 1 ? k.values + kAhead : next + pass * quad_bytes / passes;
+      k.prefetch = next + pass * quad_bytes / passes;
       blocks.wide[count - 1](k);
       row += count;
     }
@@ -67,7 +68,10 @@ static void multiply(const Matrix& m, int64_t expert, int64_t first_panel, int64
 
 #if defined(MIXTURA_TILES)
   if (uses_tiles(m, num_rows)) {
-    multiply_tiles(m, expert, first_panel, k, num_panels, num_rows, scratch);
+    const auto run = m.arithmetic == Arithmetic::INT8 ? &multiply_tiles<Arithmetic::INT8, true>
+                     : m.is_grouped                   ? &multiply_tiles<Arithmetic::BF16, true>
+                                                      : &multiply_tiles<Arithmetic::BF16, false>;
+    run(m, expert, first_panel, k, num_panels, num_rows, scratch);
     return;
   }
 #endif

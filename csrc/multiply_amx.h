@@ -8,10 +8,9 @@
 #if defined(MIXTURA_TILES)
 namespace {
 
-constexpr int kTileBlock = 2 * kTileRows;                  // rows that are multiplied side by side
-constexpr int64_t kSumsStride = 2 * kPanel * 4;            // bytes: of a row and two panels
-constexpr int64_t kUnpackedWords = 128;                    // of each of two panels: 16 KiB
-static_assert(kRowChunk % kTileRows == 0, "the rows' buffer ends with a tile");
+constexpr int64_t kTileChunk = 128;  // words of a quad that stay in the first-level cache: 32 KiB
+static_assert(kQuad * kTileChunk * kWordBytes <= kUnpackedBytes, "a chunk is unpacked at once");
+static_assert(kTileRowChunk % kTileRows == 0, "the rows' buffer ends with a tile");
 
 static bool uses_tiles(const Matrix& m, int num_rows) {
   return m.arithmetic == Arithmetic::BF16 ||
@@ -25,12 +24,15 @@ static int tile_depth(int64_t span) {
   return depth;
 }
 
-static void shape_tiles_for(int depth) {
+// 0 .. 3 are sums. The rest are rows and panels: for one tile of rows 4 and 5, 6, 7, else 4, 5 and
+// 6, 7.
+static void shape_tiles_for(int rows, int depth, bool is_alone) {
   TileShapes shapes{};
   shapes.palette = 1;
-  for (int t = 0; t < kTiles; ++t) {  // 0 .. 3: sums; 4, 5: rows; 6, 7: panels
-    shapes.rows[t] = (uint8_t)(t < 6 ? kTileRows : depth);
-    shapes.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? 4 * depth : kWordBytes);
+  for (int t = 0; t < kTiles; ++t) {
+    const bool has_rows = t == 4 || (t == 5 && !is_alone);
+    shapes.rows[t] = (uint8_t)(t < 4 || has_rows ? rows : depth);
+    shapes.row_bytes[t] = (uint16_t)(has_rows ? 4 * depth : kWordBytes);
   }
   shape_tiles(shapes);
 }
@@ -40,171 +42,344 @@ template <Arithmetic A, int C, int X, int W> FN void dot_tiles() {
   else dot_tiles_bf16<C, X, W>();
 }
 
-struct TileRun {
-  const uint32_t* x;       // of the first row and word
-  int64_t x_stride;        // words
-  const uint8_t* values;   // of the first word of the first of two panels
-  int64_t panel_stride, word_stride;  // bytes
-  int64_t words;
+// The rows of a call as tiles: [tile of rows][step][row][depth words], zeros behind a row's end; then
+// scale and correction of every group: [group][row].
+struct TileRows {
+  int num_rows, num_tiles, rows;  // rows of a tile: as even as can be; the last may have fewer
   int depth;
-  const uint8_t* fetch;    // what is read next of the first panel; null: nothing is
-  int64_t fetch_words;     // for each tile of words
+  int64_t num_steps;
+  uint32_t* x;
+  float *scales, *corrections;
+
+  int64_t step_words() const { return (int64_t)rows * depth; }
+  int64_t padded() const { return (int64_t)rows * num_tiles; }
+  const uint32_t* at(int tile, int64_t step) const {
+    return x + (tile * num_steps + step) * step_words();
+  }
 };
 
-// 16 or 32 rows times two panels, into sums[row][32].
-template <Arithmetic A, int ROW_TILES> static void run_tiles(const TileRun& r, uint8_t* sums) {
-  zero_tile<0>();
-  zero_tile<1>();
-  if constexpr (ROW_TILES == 2) {
-    zero_tile<2>();
-    zero_tile<3>();
+static void fill_tile_rows(const TileRows& t, const Matrix& m, const uint32_t* const* rows) {
+  const RowLayout layout = row_layout(m);
+  const int64_t whole = layout.num_words / t.depth, rest = layout.num_words % t.depth;
+  for (int row = 0; row < t.num_rows; ++row) {
+    const uint32_t* from = rows[row];
+    uint32_t* to = t.x + row / t.rows * t.num_steps * t.step_words() + row % t.rows * t.depth;
+    for (int64_t step = 0; step < whole; ++step, to += t.step_words(), from += t.depth) {
+      if (t.depth == kTileWords) v_store(to, v_load(from));
+      else __builtin_memcpy(to, from, t.depth * 4);
+    }
+    if (rest) {
+      __builtin_memset(to, 0, t.depth * 4);
+      __builtin_memcpy(to, from, rest * 4);
+    }
+    if (!m.is_grouped) continue;
+    for (int64_t g = 0; g < m.num_groups; ++g) {
+      __builtin_memcpy(t.scales + g * t.padded() + row, rows[row] + layout.scales_at + g, 4);
+      __builtin_memcpy(t.corrections + g * t.padded() + row,
+                       rows[row] + layout.corrections_at + g, 4);
+    }
   }
-  const int64_t row_stride = 4 * r.x_stride;
-  const uint8_t* fetch = r.fetch;
-  for (int64_t word = 0; word < r.words; word += r.depth) {
-    const uint8_t* first = r.values + word * r.word_stride;
-    const uint8_t* second = first + r.panel_stride;
-    int64_t word_stride = r.word_stride;
-    alignas(64) uint8_t ends[2][kTileWords * kWordBytes];
-    if (r.words - word < r.depth) {  // the end of the panels; that of the rows has zeros behind it
+}
+
+// Words of panels, and what is read ahead meanwhile: lines from four places of the next quad.
+struct TilePanels {
+  const uint8_t* values;              // of the first word
+  int64_t word_stride, panel_stride;  // bytes
+  const uint8_t* fetch;
+  int64_t fetch_lane;                 // bytes from one of the four places to the next
+  int64_t fetch_lines;                // of each place, for each step
+
+  // A share of a step's lines from one of the places: few at a time, as loads wait behind them.
+  FN void read_ahead(int lane) const {
+    const uint8_t* from = fetch + lane * fetch_lane;
+    for (int64_t n = 0; n < fetch_lines; ++n) __builtin_prefetch(from + n * kWordBytes, 0, 2);
+  }
+  FN void step_ahead() { fetch += fetch_lines * kWordBytes; }
+};
+
+// sums += `words` words of TILES tiles of rows times PANELS panels.
+template <Arithmetic A, int TILES, int PANELS>
+FN void add_steps(const TileRows& t, int tile, int64_t step, int64_t words, TilePanels& p) {
+  const uint8_t* b = p.values;
+  const int64_t row_stride = 4 * t.depth;
+  const uint32_t* x = t.at(tile, step);
+  const uint32_t* second = x + t.num_steps * t.step_words();
+  int64_t word_stride = p.word_stride, panel_stride = p.panel_stride;
+  alignas(64) uint8_t ends[PANELS][kTileWords * kWordBytes];
+  for (; words > 0; words -= t.depth) {
+    if (words < t.depth) {  // the end of the panels: zeros behind it, as behind the rows
       __builtin_memset(ends, 0, sizeof ends);
-      for (int64_t n = 0; n < r.words - word; ++n) {
-        __builtin_memcpy(ends[0] + n * kWordBytes, first + n * r.word_stride, kWordBytes);
-        __builtin_memcpy(ends[1] + n * kWordBytes, second + n * r.word_stride, kWordBytes);
-      }
-      first = ends[0];
-      second = ends[1];
+      for (int n = 0; n < PANELS; ++n)
+        for (int64_t word = 0; word < words; ++word)
+          __builtin_memcpy(ends[n] + word * kWordBytes, b + n * panel_stride + word * word_stride,
+                           kWordBytes);
+      b = ends[0];
       word_stride = kWordBytes;
+      panel_stride = sizeof ends[0];
     }
-    load_tile<6>(first, word_stride);
-    load_tile<7>(second, word_stride);
-    load_tile<4>(r.x + word, row_stride);
-    dot_tiles<A, 0, 4, 6>();
-    dot_tiles<A, 1, 4, 7>();
-    if constexpr (ROW_TILES == 2) {
-      load_tile<5>(r.x + kTileRows * r.x_stride + word, row_stride);
-      dot_tiles<A, 2, 5, 6>();
-      dot_tiles<A, 3, 5, 7>();
+    load_tile<4>(x, row_stride);
+    if constexpr (PANELS == 4) {
+      static_assert(TILES == 1, "eight tiles hold no more");
+      load_tile<5>(b, word_stride);
+      p.read_ahead(0);
+      dot_tiles<A, 0, 4, 5>();
+      load_tile<6>(b + panel_stride, word_stride);
+      p.read_ahead(1);
+      dot_tiles<A, 1, 4, 6>();
+      load_tile<7>(b + 2 * panel_stride, word_stride);
+      p.read_ahead(2);
+      dot_tiles<A, 2, 4, 7>();
+      load_tile<5>(b + 3 * panel_stride, word_stride);
+      p.read_ahead(3);
+      dot_tiles<A, 3, 4, 5>();
+    } else {
+      load_tile<6>(b, word_stride);
+      p.read_ahead(0);
+      dot_tiles<A, 0, 4, 6>();
+      load_tile<7>(b + panel_stride, word_stride);
+      p.read_ahead(1);
+      dot_tiles<A, 1, 4, 7>();
+      if constexpr (TILES == 2) load_tile<5>(second, row_stride);
+      p.read_ahead(2);
+      if constexpr (TILES == 2) dot_tiles<A, 2, 5, 6>();
+      p.read_ahead(3);
+      if constexpr (TILES == 2) dot_tiles<A, 3, 5, 7>();
     }
-    if (fetch == nullptr) continue;
-    for (int64_t n = 0; n < r.fetch_words; ++n, fetch += kQuadBytes) {
-      __builtin_prefetch(fetch, 0, 2);
-      __builtin_prefetch(fetch + kWordBytes, 0, 2);
-    }
-  }
-  store_tile<0>(sums, kSumsStride);
-  store_tile<1>(sums + kWordBytes, kSumsStride);
-  if constexpr (ROW_TILES == 2) {
-    store_tile<2>(sums + kTileRows * kSumsStride, kSumsStride);
-    store_tile<3>(sums + kTileRows * kSumsStride + kWordBytes, kSumsStride);
-  }
-}
-
-// Adds the sums of MR rows, of one group where there are any, to the totals.
-template <class Op, bool GROUPED, int MR>
-FN void add_sums(const Block& k, int row, const uint8_t* sums, int64_t group) {
-  const uint32_t* x[MR];
-  F acc[MR][2];
-  typename Op::Acc t[MR][2];
-  float* c = k.c + row * k.c_stride;
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-    x[m] = k.rows[row + m];
-#pragma GCC unroll 8
-    for (int n = 0; n < 2; ++n) {
-      const uint8_t* sum = sums + (row + m) * kSumsStride + n * kWordBytes;
-      acc[m][n] = k.accumulate ? f_load(c + m * k.c_stride + n * kPanel) : f_zero();
-      if constexpr (Op::ARITHMETIC == Arithmetic::INT8)
-        t[m][n] = i_add(first_sum(k, x[m], group), i_load(sum));
-      else
-        t[m][n] = f_load((const float*)sum);
-    }
-  }
-  if constexpr (GROUPED) add_group<Op, MR, 2>(acc, t, x, k, group);
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < 2; ++n) {
-      if constexpr (!GROUPED) acc[m][n] = f_add(acc[m][n], t[m][n]);
-      f_store(c + m * k.c_stride + n * kPanel, acc[m][n]);
-    }
+    p.step_ahead();
+    x += t.step_words();
+    second += t.step_words();
+    b += t.depth * word_stride;
   }
 }
 
-template <Arithmetic A, bool GROUPED>
-static void add_span(const TileRun& r, const Block& k, int num_rows, int64_t group) {
-  alignas(64) uint8_t sums[kTileBlock * kSumsStride];
-  if (num_rows > kTileRows) run_tiles<A, 2>(r, sums);
-  else run_tiles<A, 1>(r, sums);
-  int row = 0;
-  for (; row + 4 <= num_rows; row += 4) add_sums<Raw<A>, GROUPED, 4>(k, row, sums, group);
-  for (; row < num_rows; ++row) add_sums<Raw<A>, GROUPED, 1>(k, row, sums, group);
+// Tile number T of sums is of tile of rows T / PANELS and panel T % PANELS. Where they go: rows of
+// `stride` bytes; `spill` takes a tile whose last rows are no rows.
+struct TileSums {
+  float* c;
+  int64_t stride;
+  int full, last;  // tiles of rows that are whole, and rows of the one that is not
+  float* spill;    // [panel][16][16]
+};
+
+template <int T, int PANELS> FN void begin_sums(const TileRows& t, const TileSums& s, bool adds) {
+  constexpr int tile = T / PANELS, panel = T % PANELS;
+  if (!adds) return zero_tile<T>();
+  float* c = s.c + tile * t.rows * s.stride / 4 + panel * kPanel;
+  if (tile < s.full) return load_tile<T>(c, s.stride);
+  float* spill = s.spill + panel * kTileRows * kPanel;
+  for (int row = 0; row < s.last; ++row) f_store(spill + row * kPanel, f_load(c + row * s.stride / 4));
+  load_tile<T>(spill, kWordBytes);
+}
+
+template <int T, int PANELS> FN void end_sums(const TileRows& t, const TileSums& s) {
+  constexpr int tile = T / PANELS, panel = T % PANELS;
+  float* c = s.c + tile * t.rows * s.stride / 4 + panel * kPanel;
+  if (tile < s.full) return store_tile<T>(c, s.stride);
+  float* spill = s.spill + panel * kTileRows * kPanel;
+  store_tile<T>(spill, kWordBytes);
+  for (int row = 0; row < s.last; ++row) f_store(c + row * s.stride / 4, f_load(spill + row * kPanel));
+}
+
+template <int TILES, int PANELS, class Do> FN void each_sum(const Do& run) {
+  run(Number<0>{});
+  run(Number<1>{});
+  if constexpr (TILES * PANELS == 4) {
+    run(Number<2>{});
+    run(Number<3>{});
+  }
+}
+
+// Products without groups: sums stay in tiles, or come back to them for the next chunk.
+template <Arithmetic A, int TILES, int PANELS>
+static void run_whole(const TileRows& t, const Block& k, int tile, int64_t step, int64_t words,
+                      TilePanels& p) {
+  alignas(64) float spill[PANELS * kTileRows * kPanel];
+  const int left = t.num_rows - tile * t.rows;
+  const TileSums s{k.c, 4 * k.c_stride, left / t.rows < TILES ? left / t.rows : TILES,
+                   left % t.rows, spill};
+  each_sum<TILES, PANELS>([&](auto n) { begin_sums<decltype(n)::value, PANELS>(t, s, k.accumulate); });
+  add_steps<A, TILES, PANELS>(t, tile, step, words, p);
+  each_sum<TILES, PANELS>([&](auto n) { end_sums<decltype(n)::value, PANELS>(t, s); });
+}
+
+// Adds a group's sums [row][PANELS][16] to the totals, scaled, as add_group of block.h does.
+template <Arithmetic A, int PANELS>
+FN void add_sums(const TileRows& t, const Block& k, int first, int count, const float* sums,
+                 float* totals, int64_t group) {
+  constexpr bool is_int = A == Arithmetic::INT8;
+  const bool has_zeros = k.zeros != nullptr;
+  F scale[PANELS], zero[PANELS];
+#pragma GCC unroll 4
+  for (int n = 0; n < PANELS; ++n) {
+    scale[n] = load_kind(k.scale_kind, k.scales + n * k.scales_stride +
+                                           group * kPanel * kind_size(k.scale_kind));
+    zero[n] = f_zero();
+    if (has_zeros)
+      zero[n] = load_kind(k.zero_kind, k.zeros + n * k.zeros_stride +
+                                           group * kPanel * kind_size(k.zero_kind));
+  }
+  const float* row_scales = t.scales + group * t.padded() + first;
+  const float* corrections = t.corrections + group * t.padded() + first;
+  for (int row = 0; row < count; ++row, sums += PANELS * kPanel, totals += PANELS * kPanel) {
+    const F row_scale = f_set(is_int ? row_scales[row] : 1.0f);
+#pragma GCC unroll 4
+    for (int n = 0; n < PANELS; ++n) {
+      F sum;
+      if constexpr (is_int) {
+        I exact = i_load(sums + n * kPanel);
+        if (has_zeros) exact = i_add(exact, i_set(k.signed_by * (int32_t)corrections[row]));
+        sum = to_float(exact);
+      } else {
+        sum = f_load(sums + n * kPanel);
+      }
+      const F factor = is_int ? f_mul(scale[n], row_scale) : scale[n];
+      F total = f_load(totals + n * kPanel);
+      if (has_zeros) {
+        const F correction = f_set(corrections[row]);
+        if (is_int && !k.zeros_are_minima) sum = f_nfma(zero[n], correction, sum);
+        total = f_fma(sum, factor, total);
+        if (k.zeros_are_minima) total = f_nfma(zero[n], f_mul(correction, row_scale), total);
+      } else {
+        total = f_fma(sum, factor, total);
+      }
+      f_store(totals + n * kPanel, total);
+    }
+  }
+}
+
+// Products with groups: a group's sums leave the tiles and are added up while the next group is
+// multiplied.
+template <Arithmetic A, int TILES, int PANELS>
+static void run_groups(const TileRows& t, const Block& k, int tile, int64_t step, int64_t words,
+                       TilePanels& p) {
+  constexpr int kBlock = TILES * kTileRows * PANELS * kPanel;
+  alignas(64) float sums[2][kBlock], totals[kBlock];
+  constexpr int64_t stride = PANELS * kPanel * 4;
+  const int first = tile * t.rows;
+  const int left = t.num_rows - first, count = left < TILES * t.rows ? left : TILES * t.rows;
+  for (int row = 0; row < count; ++row)
+    for (int n = 0; n < PANELS; ++n)
+      f_store(totals + (row * PANELS + n) * kPanel,
+              k.accumulate ? f_load(k.c + row * k.c_stride + n * kPanel) : f_zero());
+  const int64_t begin = step * t.depth / k.group_words, steps = k.group_words / t.depth;
+  int64_t group = begin;
+  for (; words > 0; words -= k.group_words, ++group, step += steps) {
+    const TileSums s{sums[group & 1], stride, TILES, 0, nullptr};
+    each_sum<TILES, PANELS>([&](auto n) { begin_sums<decltype(n)::value, PANELS>(t, s, false); });
+    add_steps<A, TILES, PANELS>(t, tile, step, words < k.group_words ? words : k.group_words, p);
+    p.values += k.group_words * p.word_stride;
+    each_sum<TILES, PANELS>([&](auto n) { end_sums<decltype(n)::value, PANELS>(t, s); });
+    if (group > begin)
+      add_sums<A, PANELS>(t, k, first, count, sums[(group - 1) & 1], totals, group - 1);
+  }
+  add_sums<A, PANELS>(t, k, first, count, sums[(group - 1) & 1], totals, group - 1);
+  for (int row = 0; row < count; ++row)
+    for (int n = 0; n < PANELS; ++n)
+      f_store(k.c + row * k.c_stride + n * kPanel, f_load(totals + (row * PANELS + n) * kPanel));
+}
+
+// Levels as signed bytes of words first .. last - 1 of a panel, a level of e2m1 twice as large.
+static void unpack_signed(const Matrix& m, const uint8_t* panel, int64_t first, int64_t last,
+                          uint8_t* out) {
+  const uint8_t* from = panel + first * kQuadBytes;
+  for (int64_t word = first; word < last; ++word, from += kQuadBytes) {
+    const V raw = v_load(from);
+    if (m.code == Code::U8) {
+      v_store(out, i_xor(raw, i_set((int32_t)0x80808080)));
+      out += kWordBytes;
+      continue;
+    }
+    const V low = v_low_nibbles(raw), high = v_high_nibbles(raw);
+    const bool is_int = m.code == Code::U4;
+    v_store(out, is_int ? v_sub8(low, 8) : v_lookup(kE2M1Signed, low));
+    v_store(out + kWordBytes, is_int ? v_sub8(high, 8) : v_lookup(kE2M1Signed, high));
+    out += 2 * kWordBytes;
+  }
 }
 
 // `k` as `multiply` has filled it; words here are those of rows.
+template <Arithmetic A, bool GROUPED>
 static void multiply_tiles(const Matrix& m, int64_t expert, int64_t first_panel, Block k,
                            int64_t num_panels, int num_rows, Scratch& scratch) {
   const int subs = subs_per_word(m.code, m.arithmetic);
-  const int64_t num_words = m.num_words * subs;
-  const bool unpacks = needs_unpacking(m);
-  const uint32_t* const* rows = k.rows;
+  const int64_t num_words = m.num_words * subs, quad_bytes = m.num_words * kQuadBytes;
+  const bool unpacks = m.code != Code::BF16;
+  k.group_words = m.group_words * subs;
+  if (k.zeros) k.signed_by = m.code == Code::U8 ? 128 : 8;
+
+  TileRows t{};
+  t.num_rows = num_rows;
+  t.num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  t.rows = (num_rows + t.num_tiles - 1) / t.num_tiles;
+  t.depth = tile_depth(GROUPED ? k.group_words : kTileWords);
+  t.num_steps = (num_words + t.depth - 1) / t.depth;
+  t.x = scratch.tile_rows;
+  t.scales = (float*)(t.x + t.num_tiles * t.num_steps * t.step_words());
+  t.corrections = t.scales + (GROUPED ? m.num_groups : 0) * t.padded();
+  if (scratch.tiles_of != scratch.rows_of) {
+    fill_tile_rows(t, m, k.rows);
+    scratch.tiles_of = scratch.rows_of;
+  }
+  const bool is_alone = t.num_tiles == 1;
+  shape_tiles_for(t.rows, t.depth, is_alone);
+
+  int64_t chunk = kTileChunk;
+  if (GROUPED) chunk = chunk < k.group_words ? k.group_words : chunk / k.group_words * k.group_words;
+  else if (!unpacks && t.num_tiles <= 2) chunk = t.num_steps * t.depth;
+  const auto run = [&](int tile, int64_t step, int64_t words, TilePanels p, int64_t panel, float* c) {
+    Block b = k;
+    b.c = c + tile * t.rows * k.c_stride + panel * kPanel;
+    b.scales += panel * k.scales_stride;
+    if (b.zeros) b.zeros += panel * k.zeros_stride;
+    const bool is_pair = t.num_tiles - tile >= 2;
+    const auto runs = [&](auto tiles, auto panels) {
+      constexpr int kT = decltype(tiles)::value, kP = decltype(panels)::value;
+      if constexpr (GROUPED) run_groups<A, kT, kP>(t, b, tile, step, words, p);
+      else run_whole<A, kT, kP>(t, b, tile, step, words, p);
+    };
+    if (is_alone) runs(Number<1>{}, Number<4>{});
+    else if (is_pair) runs(Number<2>{}, Number<2>{});
+    else runs(Number<1>{}, Number<2>{});
+  };
+
   float* c = k.c;
-  const auto add = m.arithmetic == Arithmetic::INT8 ? &add_span<Arithmetic::INT8, true>
-                   : m.is_grouped                   ? &add_span<Arithmetic::BF16, true>
-                                                    : &add_span<Arithmetic::BF16, false>;
-  // A chunk is unpacked at once; spans of it are added up in the tiles. A group has at most 256
-  // columns, and so fits a chunk. Both are the same for any number of rows.
-  int64_t chunk = unpacks ? kUnpackedWords : num_words;
-  int64_t span = chunk;
-  if (m.is_grouped) {
-    span = m.group_words * subs;
-    chunk = chunk < span ? span : chunk / span * span;
-  }
-  TileRun r{};
-  r.depth = tile_depth(m.is_grouped ? span : kTileWords);
-  r.x_stride = tile_row_words(m);
-  // What follows the last row in its tile is multiplied too, and read by no one.
-  for (int row = 0; row < num_rows; ++row) {
-    uint32_t* x = scratch.tile_rows + row * r.x_stride;
-    __builtin_memcpy(x, rows[row], num_words * 4);
-    __builtin_memset(x + num_words, 0, (r.x_stride - num_words) * 4);
-  }
-  shape_tiles_for(r.depth);
-  for (int64_t panel = 0; panel < num_panels; panel += 2) {
-    k.values = panel_at(m, expert, first_panel + panel);
-    for (int64_t begin = 0; begin < num_words; begin += chunk) {
-      const int64_t end = begin + chunk < num_words ? begin + chunk : num_words;
-      const uint8_t* chunk_values = k.values + begin / subs * kQuadBytes;
-      const uint8_t* fetch = chunk_values + kAhead;
-      r.panel_stride = kWordBytes;
-      r.word_stride = kQuadBytes;
-      r.fetch_words = r.depth / subs;
-      if (unpacks) {
-        r.panel_stride = (end - begin) * kWordBytes;
-        for (int n = 0; n < 2; ++n)
-          unpack_panel(m, k.values + n * kWordBytes,
-                       k.zeros ? k.zeros + n * k.zeros_stride : nullptr, begin / subs, end / subs,
-                       scratch.unpacked + n * r.panel_stride);
-        chunk_values = scratch.unpacked;
-        r.word_stride = kWordBytes;
-        fetch = k.values + end / subs * kQuadBytes;
-      }
-      for (int row = 0; row < num_rows; row += kTileBlock) {
-        const int count = num_rows - row < kTileBlock ? num_rows - row : kTileBlock;
-        k.rows = rows + row;
-        k.c = c + row * k.c_stride + panel * kPanel;
-        for (int64_t word = begin; word < end; word += span) {
-          r.x = scratch.tile_rows + row * r.x_stride + word;
-          r.values = chunk_values + (word - begin) * r.word_stride;
-          r.words = word + span < end ? span : end - word;
-          r.fetch = row == 0 ? fetch + (word - begin) / subs * kQuadBytes : nullptr;
-          k.accumulate = word > 0;
-          add(r, k, count, word / span);
-        }
+  const int beside = is_alone ? kQuad : 2;  // panels
+  const auto unpack = [&](const uint8_t* quad, int64_t panel, int64_t first, int64_t last) {
+    for (int n = 0; n < beside; ++n) {
+      const uint8_t* from = quad + (panel + n) % kQuad * kWordBytes;
+      uint8_t* out = scratch.unpacked + n * chunk * kWordBytes;
+      if constexpr (A == Arithmetic::INT8) {
+        unpack_signed(m, from, first, last, out);
+      } else {
+        const uint8_t* zeros = k.zeros ? k.zeros + (panel + n) * k.zeros_stride : nullptr;
+        unpack_panel(m, from, zeros, first, last, out);
       }
     }
-    k.scales += 2 * k.scales_stride;
-    if (k.zeros) k.zeros += 2 * k.zeros_stride;
+  };
+  for (int64_t panel = 0; panel < num_panels; panel += beside) {
+    const uint8_t* quad = panel_at(m, expert, first_panel + panel / kQuad * kQuad);
+    for (int64_t begin = 0; begin < num_words; begin += chunk) {
+      const int64_t end = begin + chunk < num_words ? begin + chunk : num_words;
+      TilePanels p{};
+      if (unpacks) {
+        unpack(quad, panel, begin / subs, end / subs);
+        p.values = scratch.unpacked;
+        p.word_stride = kWordBytes;
+        p.panel_stride = chunk * kWordBytes;
+      } else {
+        p.values = quad + panel % kQuad * kWordBytes + begin * kQuadBytes;
+        p.word_stride = kQuadBytes;
+        p.panel_stride = kWordBytes;
+      }
+      // The first tiles of rows fetch a share of the next quad.
+      const int64_t steps = (end - begin + t.depth - 1) / t.depth;
+      p.fetch = quad + quad_bytes + (begin / subs + panel % kQuad / 2 * (m.num_words / 2)) * kWordBytes / (is_alone ? 1 : 2);
+      p.fetch_lane = m.num_words * kWordBytes;
+      p.fetch_lines = ((end - begin) / subs / (is_alone ? 1 : 2) + steps - 1) / steps;
+      k.accumulate = begin > 0;
+      for (int tile = 0; tile < t.num_tiles; tile += 2, p.fetch_lines = 0)
+        run(tile, begin / t.depth, end - begin, p, panel, c);
+    }
   }
   release_tiles();
 }

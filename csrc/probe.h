@@ -33,6 +33,31 @@ template <class Op> static void spin_op(int64_t iterations) {
   }
 }
 
+#if defined(MIXTURA_TILES) && !defined(MIXTURA_EMULATE_AMX)
+constexpr int kTileChains = 4;
+
+template <Arithmetic A> static void spin_tiles(int64_t iterations) {
+  shape_tiles_for(kTileRows, kTileWords, false);
+  for (int64_t n = 0; n < iterations; ++n) {
+    dot_tiles<A, 0, 4, 6>();
+    dot_tiles<A, 1, 4, 7>();
+    dot_tiles<A, 2, 5, 6>();
+    dot_tiles<A, 3, 5, 7>();
+  }
+  release_tiles();
+}
+
+static void spin(Arithmetic arithmetic, int64_t iterations) {
+  if (arithmetic == Arithmetic::BF16) return spin_tiles<Arithmetic::BF16>(iterations);
+  if (arithmetic == Arithmetic::INT8) return spin_tiles<Arithmetic::INT8>(iterations);
+  spin_op<Raw<Arithmetic::F32>>(iterations);
+}
+
+static int64_t spin_operations(Arithmetic arithmetic) {
+  if (arithmetic == Arithmetic::F32) return 2 * kChains * kPanel;
+  return 2 * kTileChains * kTileRows * kPanel * kTileWords * lanes_per_word(arithmetic);
+}
+#else
 static void spin(Arithmetic arithmetic, int64_t iterations) {
 #if MIXTURA_BF16
   if (arithmetic == Arithmetic::BF16) return spin_op<Raw<Arithmetic::BF16>>(iterations);
@@ -44,5 +69,6 @@ static void spin(Arithmetic arithmetic, int64_t iterations) {
 static int64_t spin_operations(Arithmetic arithmetic) {
   return 2 * kChains * kPanel * lanes_per_word(arithmetic);
 }
+#endif
 
 }  // namespace

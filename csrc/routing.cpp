@@ -244,7 +244,7 @@ struct Job {
   int64_t route_tokens;              // of a task
 };
 
-void run_gate(const Job& job, Team& team, Work& work) {
+void run_gate(const Job& job, Team& team, int member, Work& work) {
   const Gate& gate = job.call->gate;
   const int64_t size = gate.x_dtype == Dtype::F32 ? 4 : 2;
   uint8_t* prepared = nullptr;
@@ -255,7 +255,8 @@ void run_gate(const Job& job, Team& team, Work& work) {
     prepared += -(uintptr_t)prepared % 64;
   }
   int64_t have = -1;
-  for (int64_t n = team.take(0); n < job.num_blocks * job.num_parts; n = team.take(0)) {
+  const int64_t count = job.num_blocks * job.num_parts;
+  for (int64_t n; (n = team.take(0, member, count)) < count;) {
     const int64_t block = n / job.num_parts, part = n % job.num_parts;
     GateTask task;
     task.first_token = block * job.block_tokens;
@@ -277,17 +278,18 @@ void run_gate(const Job& job, Team& team, Work& work) {
   }
 }
 
-void region(void* context, Team& team, int) {
+void region(void* context, Team& team, int member) {
   const Job& job = *(const Job*)context;
   const RoutingCall& call = *job.call;
   Work& work = thread_work();
   if (call.gate.weight) {
-    run_gate(job, team, work);
+    run_gate(job, team, member, work);
     team.barrier();
   }
   work.reserve(*job.rule);
   const int64_t num_tokens = call.gate.num_tokens;
-  for (int64_t n = team.take(1); n * job.route_tokens < num_tokens; n = team.take(1)) {
+  const int64_t count = (num_tokens + job.route_tokens - 1) / job.route_tokens;
+  for (int64_t n; (n = team.take(1, member, count)) < count;) {
     const int64_t last = std::min(num_tokens, (n + 1) * job.route_tokens);
     for (int64_t t = n * job.route_tokens; t < last; ++t)
       route_token(*job.kernels, *job.rule, call, t, work);

@@ -4,6 +4,12 @@
 
 namespace {
 
+#if defined(MIXTURA_TILES)
+constexpr int kRows = kTileRowChunk;
+#else
+constexpr int kRows = kRowChunk;
+#endif
+
 FN F load_x(Dtype dtype, const void* x, int64_t at) {
   switch (dtype) {
     case Dtype::F32: return f_load((const float*)x + at);
@@ -183,12 +189,13 @@ static void gate_up(const Call& call, int64_t expert, int64_t unit, Scratch& scr
   const float* scale = m.row_scale ? m.row_scale + (expert * m.num_panels + first_panel) * kPanel : nullptr;
   const float* bias = m.bias ? m.bias + (expert * m.num_panels + first_panel) * kPanel : nullptr;
   const int64_t last = call.offsets[expert + 1];
-  for (int64_t begin = call.offsets[expert]; begin < last; begin += kRowChunk) {
-    const int count = (int)(last - begin < kRowChunk ? last - begin : kRowChunk);
-    const uint32_t* rows[kRowChunk];
+  for (int64_t begin = call.offsets[expert], count; begin < last; begin += count) {
+    count = last - begin < kRows ? last - begin : kRows;
+    const uint32_t* rows[kRows];
+    scratch.rows_of = 2 * begin;
     for (int i = 0; i < count; ++i)
       rows[i] = call.rows + call.slots[begin + i] / call.top_k * row_stride;
-    multiply(m, expert, first_panel, num_panels, rows, count, scratch.c, c_stride, scratch);
+    multiply(m, expert, first_panel, num_panels, rows, (int)count, scratch.c, c_stride, scratch);
     for (int i = 0; i < count; ++i) {
       float* c = scratch.c + i * c_stride;
       const F weight = f_set(call.weight_on_input ? call.weights[call.slots[begin + i]] : 1.0f);
@@ -216,12 +223,13 @@ static void down(const Call& call, int64_t expert, int64_t first_panel, int64_t 
   const int64_t row_stride = row_layout(m).stride, y_stride = m.num_panels * kPanel;
   const int64_t at = (expert * m.num_panels + first_panel) * kPanel;
   const int64_t last = call.offsets[expert + 1];
-  for (int64_t begin = call.offsets[expert]; begin < last; begin += kRowChunk) {
-    const int count = (int)(last - begin < kRowChunk ? last - begin : kRowChunk);
-    const uint32_t* rows[kRowChunk];
+  for (int64_t begin = call.offsets[expert], count; begin < last; begin += count) {
+    count = last - begin < kRows ? last - begin : kRows;
+    const uint32_t* rows[kRows];
+    scratch.rows_of = 2 * begin + 1;
     for (int i = 0; i < count; ++i) rows[i] = call.hidden + (begin + i) * row_stride;
     float* y = call.y + begin * y_stride + first_panel * kPanel;
-    multiply(m, expert, first_panel, num_panels, rows, count, y, y_stride, scratch);
+    multiply(m, expert, first_panel, num_panels, rows, (int)count, y, y_stride, scratch);
     if (!m.row_scale && !m.bias) continue;
     for (int i = 0; i < count; ++i, y += y_stride) {
       for (int64_t n = 0; n < num_panels * kPanel; n += kPanel) {

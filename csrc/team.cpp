@@ -181,7 +181,7 @@ void Team::barrier() {
 }
 
 void run_team(int num_threads, Region region, void* context) {
-  Entry entry{region, context, {}};
+  Entry entry{region, context, Team(num_threads > 1 ? num_threads : 1)};
   const bool can_share = num_threads > 1 && !is_forked.load(std::memory_order_relaxed);
   if (can_share && team_threads() == Threads::OPENMP && !openmp().in_parallel()) {
     openmp().parallel(&Entry::openmp_member, &entry, (unsigned)num_threads, 0);

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace mixtura {
 
@@ -23,8 +24,20 @@ class Team {
   // Every member waits for the others.
   void barrier();
 
-  // The members take numbers 0 .. count - 1, each once; phases must follow one another by barriers.
-  int64_t take(int phase) { return next_[phase].value.fetch_add(1, std::memory_order_relaxed); }
+  // The next of the numbers 0 .. count - 1 for a member, or `count` where there are none; each is
+  // taken once. A member has a range of its own, in order, so that it reads memory as one stream;
+  // when that is done it helps the others. Phases must follow one another by barriers.
+  int64_t take(int phase, int member, int64_t count) {
+    for (int i = 0; i < size_; ++i) {
+      const int owner = member + i < size_ ? member + i : member + i - size_;
+      const int64_t begin = count * owner / size_, end = count * (owner + 1) / size_;
+      std::atomic<int64_t>& taken = taken_[phase * most_ + owner].value;
+      if (i > 0 && begin + taken.load(std::memory_order_relaxed) >= end) continue;
+      const int64_t n = begin + taken.fetch_add(1, std::memory_order_relaxed);
+      if (n < end) return n;
+    }
+    return count;
+  }
 
   static constexpr int kPhases = 4;
 
@@ -32,8 +45,9 @@ class Team {
   friend void run_team(int, Region, void*);
   friend struct Entry;
   struct alignas(64) Padded { std::atomic<int64_t> value{0}; };
-  int size_ = 1;
-  Padded next_[kPhases];
+  explicit Team(int most) : most_(most), taken_(kPhases * most) {}
+  int size_ = 1, most_;
+  std::vector<Padded> taken_;
   Padded arrived_, generation_;
 };
 

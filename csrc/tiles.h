@@ -10,6 +10,11 @@
 
 namespace {
 
+// A number that is known when compiled.
+template <int N> struct Number {
+  static constexpr int value = N;
+};
+
 constexpr int kTiles = 8;
 constexpr int kTileRows = 16;
 constexpr int kTileWords = 16;  // 32 bits each, of a row
@@ -106,7 +111,7 @@ template <int C, int A, int B> static void dot_tiles_bf16() {
   }
 }
 
-// TDPBSUD: bytes of A are signed, those of B are not.
+// TDPBSSD: all bytes are signed.
 template <int C, int A, int B> static void dot_tiles_int8() {
   const EmulatedTiles& e = emulated_tiles;
   const int words = e.shapes.row_bytes[A] / 4, columns = e.shapes.row_bytes[C] / 4;
@@ -114,7 +119,7 @@ template <int C, int A, int B> static void dot_tiles_int8() {
     int32_t* c = (int32_t*)sums_of_row<C, A, B>(m);
     const int8_t* a = (const int8_t*)e.bytes[A][m];
     for (int k = 0; k < words; ++k) {
-      const uint8_t* b = e.bytes[B][k];
+      const int8_t* b = (const int8_t*)e.bytes[B][k];
       for (int n = 0; n < columns; ++n)
         for (int j = 0; j < 4; ++j) c[n] += a[4 * k + j] * b[4 * n + j];
     }
@@ -143,9 +148,9 @@ template <int C, int A, int B> FN void dot_tiles_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// C += A times B, in fours of bytes: signed of A, unsigned of B.
+// C += A times B, in fours of signed bytes.
 template <int C, int A, int B> FN void dot_tiles_int8() {
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 #endif

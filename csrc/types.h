@@ -18,7 +18,8 @@ constexpr int kPanel = 16;       // outputs in a panel
 constexpr int kWordBytes = 64;   // of one word of all outputs of a panel
 constexpr int kQuad = 4;         // panels that share their words
 constexpr int kQuadBytes = kQuad * kWordBytes;
-constexpr int kRowChunk = 96;    // rows that a task multiplies before it goes on with the next ones
+// Rows that a task multiplies before it goes on with the next ones, of blocks and of tiles.
+constexpr int kRowChunk = 96, kTileRowChunk = 256;
 
 // How a code becomes a level. The values are those of `CODES` in mixtura/kernels/cpu/matrix.py.
 enum class Code : int { F32, F16, BF16, U8, U4, E2M1, E4M3 };
@@ -95,10 +96,9 @@ static inline RowLayout row_layout(const Matrix& m) {
   return r;
 }
 
-// Words from one row to the next where rows are read as tiles: room for a tile's zeros behind a row,
-// and an odd number of lines, as 16 rows of one tile must not meet in a few sets of the cache.
+// Words of a row where rows are read as tiles: with a tile's zeros behind it, scales and corrections.
 static inline int64_t tile_row_words(const Matrix& m) {
-  return ((row_layout(m).num_words + 15 + 15) / 16 | 1) * 16;
+  return row_layout(m).num_words + 16 + (m.is_grouped ? 2 * m.num_groups : 0);
 }
 
 enum class Function : int { SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, TANH, IDENTITY };
@@ -144,10 +144,12 @@ struct Call {
 
 // Memory of one thread, 64-byte aligned.
 struct Scratch {
-  float* c;          // kRowChunk * scratch_columns
-  uint8_t* unpacked; // kUnpackedBytes
-  float* row;        // one row in fp32, padded
-  uint32_t* tile_rows; // kRowChunk rows, tile_row_words apart
+  float* c;            // row_chunk * scratch_columns
+  uint8_t* unpacked;   // kUnpackedBytes
+  float* row;          // one row in fp32, padded
+  uint32_t* tile_rows; // kTileRowChunk rows of tile_row_words
+  // Whose rows are to be multiplied, and whose are in `tile_rows`: a number for each set of rows.
+  int64_t rows_of, tiles_of;
 };
 
 constexpr int64_t kUnpackedBytes = 64 * 1024;
@@ -176,9 +178,12 @@ struct GateTask {
   int64_t x_stride, first_token, num_tokens, first_row, num_rows;
 };
 
+struct Attention;
+
 struct Kernels {
   const char* name;
   bool has_bf16;                      // products of bf16
+  int row_chunk;                      // kRowChunk or kTileRowChunk
   void (*prepare)(const Call&, int64_t token, Scratch&);
   void (*gate_up)(const Call&, int64_t expert, int64_t unit, Scratch&);
   void (*down)(const Call&, int64_t expert, int64_t first_panel, int64_t num_panels, Scratch&);
@@ -192,6 +197,8 @@ struct Kernels {
   void (*gate)(const Gate&, const GateTask&);
   void (*score)(Score, const float* logits, float* scores, int64_t n);
   void (*soft_cap_logits)(const float* logits, float* capped, int64_t n, float cap);
+  void (*attend)(const Attention&, int64_t sequence, int64_t key_head, int64_t chunk, float* memory);
+  void (*join_chunks)(const Attention&, int64_t sequence, int64_t head);
 };
 
 }  // namespace mixtura

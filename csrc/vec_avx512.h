@@ -74,6 +74,7 @@ FN V v_high_nibbles(V a) {
   return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
 }
 // table[low 4 bits of every byte], for bytes below 16
+FN V v_sub8(V x, int8_t y) { return _mm512_sub_epi8(x, _mm512_set1_epi8(y)); }
 FN V v_lookup(const uint8_t* table, V a) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), a);
 }

@@ -22,6 +22,7 @@ from mixtura.bench.parts import Part, PartClock
 from mixtura.config import require_positive
 from mixtura.errors import InputError
 from mixtura.experts import PackedExperts
+from mixtura.hf.cache import growing_cache
 from mixtura.hf.linears import PackedLinear
 
 REPETITIONS = 3
@@ -270,6 +271,7 @@ def _generate(model: Any, prompt: Tensor, num_new_tokens: int, watch: _Watch) ->
             max_new_tokens=num_new_tokens,
             pad_token_id=0,
             streamer=watch,
+            past_key_values=growing_cache(model),
         )
 
 

@@ -15,6 +15,7 @@ from mixtura.config import ActivationDtype, GatePrecision, RunnerConfig
 from mixtura.errors import UnsupportedModel
 from mixtura.experts import ExpertsOptions
 from mixtura.hf.adopt import layer_index
+from mixtura.hf.attention import use_attention
 from mixtura.hf.blocks import BlockOptions, BlockPlan, FamilyMoE, block_spec, plan_block
 from mixtura.hf.experts import ExpertsPlan, FamilyExperts, plan_experts
 from mixtura.kernels import get_kernel
@@ -112,6 +113,7 @@ def convert(
     if experts:
         _pin(model.get_submodule(name) for name in reasons)
         model.set_experts_implementation(NAME)
+    use_attention(model)
     if left is not None:
         warnings.warn(left, UnconvertedLayerWarning, stacklevel=2)
     return model

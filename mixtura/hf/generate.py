@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from mixtura.config import require_finite, require_positive
 from mixtura.errors import ConfigError, InputError
 from mixtura.experts import PackedExperts
+from mixtura.hf.cache import growing_cache
 
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for the first bytes of a character whose last ones have not come yet."""
@@ -211,6 +212,7 @@ def generate_text(
             **{name: tensor.to(model.device) for name, tensor in inputs.items()},
             max_new_tokens=options.max_new_tokens,
             streamer=meter,
+            past_key_values=growing_cache(model),
             **_drawing(options),
         )
     return meter.result()
