@@ -112,6 +112,8 @@ def _check_scheme(scheme: QuantScheme) -> None:
     is_nvfp4_like = scheme.scale_dtype is torch.float8_e4m3fn
     if scheme.code is Code.CODEBOOK:
         reason = "a codebook"
+    elif scheme.code is Code.BLOCKS:
+        reason = "raw blocks"
     elif scheme.has_permutation:
         reason = "a permutation, which calibration finds"
     elif scheme.zero_point is ZeroPoint.MINIMUM:

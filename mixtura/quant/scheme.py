@@ -9,6 +9,9 @@ Every packed scheme is one formula, with `(n, k)` a position and `(gn, gk)` the 
 There is one packing, that of `quant/packing.py`. Signed integers are stored as
 `q + 2 ** (bits - 1)`. A last group may be shorter than the others: N and K need not be divisible by
 the group.
+
+BLOCKS is the exception: the bytes of whole blocks as another program wrote them, for codes that the
+formula does not cover (`quant/block_codes.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixtura.errors import ConfigError, InputError
+from mixtura.quant.block_codes import BLOCK_CODES, decode_rows
 from mixtura.quant.packing import expand_groups, unpack_codes
 
 __all__ = [
@@ -58,6 +62,7 @@ class Code(Enum):
     E4M3 = "e4m3"  # the "fn" form: no infinities, maximum 448
     E5M2 = "e5m2"
     CODEBOOK = "codebook"  # an entry of the scheme's codebook
+    BLOCKS = "blocks"  # no code of its own: a block means its weights together
 
     @property
     def is_float(self) -> bool:
@@ -122,16 +127,19 @@ class QuantScheme:
 
     Args:
         code: how a code becomes a level.
-        bits: width of a code, 1 to 8 (the width of the dtype where `code` is DENSE).
+        bits: width of a code, 1 to 8 (the width of the dtype where `code` is DENSE; for BLOCKS
+            bits per weight, scales included, rounded up).
         group_shape: rows and columns that share a scale; None is the whole axis. `(1, None)` is
-            per output channel, `(None, None)` per matrix, `(1, 32)` groups along K.
-        scale_dtype: dtype of `scales`; None only for DENSE.
+            per output channel, `(None, None)` per matrix, `(1, 32)` groups along K. For BLOCKS
+            what one block covers.
+        scale_dtype: dtype of `scales`; None only for DENSE and BLOCKS.
         zero_point: what is subtracted from a level; not NONE for INT, NONE for all others.
         global_scale: granularity of the second-level scale (fp32).
         has_permutation: whether columns are stored in another order (GPTQ act-order: sorted by
             group); a kernel gathers the activation's columns by `permutation`.
         codebook: the `2 ** bits` levels of CODEBOOK, else None.
         values_dtype: dtype of `values`: uint8, or the dtype of the weight for DENSE.
+        blocks: the kind of block for BLOCKS, a name in `BLOCK_CODES`, else None.
 
     Raises:
         ConfigError: the fields do not fit together.
@@ -146,6 +154,7 @@ class QuantScheme:
     has_permutation: bool = False
     codebook: tuple[float, ...] | None = None
     values_dtype: torch.dtype = torch.uint8
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         if any(size is not None and size < 1 for size in self.group_shape):
@@ -153,6 +162,8 @@ class QuantScheme:
             raise _error("group_shape", self.group_shape, "be positive", "a size < 1", remedy)
         if self.code is Code.DENSE:
             self._check_dense()
+        elif self.code is Code.BLOCKS:
+            self._check_blocks()
         else:
             self._check_packed()
 
@@ -163,12 +174,24 @@ class QuantScheme:
             raise _error("dtype of a dense matrix", dtype, rule, dtype, "Convert or quantize it.")
         found = [getattr(self, name) for name in self.__dataclass_fields__]
         none = [(None, None), None, ZeroPoint.NONE, GlobalScale.NONE, False, None]
-        if found != [Code.DENSE, 8 * dtype.itemsize, *none, dtype]:
+        if found != [Code.DENSE, 8 * dtype.itemsize, *none, dtype, None]:
             rule = f"have {8 * dtype.itemsize} bits and describe no scales, zero points or codes"
             raise _error("dense scheme", dtype, rule, found, "Use QuantScheme.dense(dtype).")
 
+    def _check_blocks(self) -> None:
+        if self.blocks not in BLOCK_CODES:
+            rule = f"be one of {', '.join(BLOCK_CODES)} for code blocks"
+            raise _error("blocks", self.blocks, rule, self.blocks, "Dequantize the matrix.")
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if found != _block_fields(self.blocks):
+            rule = "have the bits and columns of a block, and describe no scales or zero points"
+            remedy = "Use QuantScheme.of_blocks(name)."
+            raise _error("scheme of blocks", self.blocks, rule, list(found.values()), remedy)
+
     def _check_packed(self) -> None:
         name = f"code {self.code.value}"
+        if self.blocks is not None:
+            raise _error("blocks", self.blocks, "be None", name, "Use QuantScheme.of_blocks(name).")
         width = sum(_FLOAT_FIELDS[self.code]) + 1 if self.code.is_float else None
         if not 1 <= self.bits <= 8 or self.bits != (width or self.bits):
             rule = f"be {width or '1 to 8'}"
@@ -198,6 +221,20 @@ class QuantScheme:
         """
         return cls(Code.DENSE, 8 * dtype.itemsize, values_dtype=dtype)
 
+    @classmethod
+    def of_blocks(cls, name: str) -> QuantScheme:
+        """The scheme of rows of whole blocks, kept as they are.
+
+        Raises:
+            ConfigError: `name` is not one of `BLOCK_CODES`.
+
+        >>> print(QuantScheme.of_blocks("iq2_xxs"))
+        iq2_xxs, blocks of 256
+        """
+        if name not in BLOCK_CODES:
+            return cls(Code.BLOCKS, 8, blocks=name)  # which says so
+        return cls(**_block_fields(name))
+
     @property
     def is_quantized(self) -> bool:
         """Whether values are packed codes."""
@@ -209,7 +246,7 @@ class QuantScheme:
 
         Source: OCP Microscaling Formats (MX) 1.0 for the floats.
         """
-        assert self.is_quantized, "a dense matrix has no codes"
+        assert self.code not in (Code.DENSE, Code.BLOCKS), f"{self}: no code has a level"
         if self.code is Code.INT:
             return tuple(float(code) for code in range(2**self.bits))
         return _FLOAT_LEVELS[self.code] if self.codebook is None else self.codebook
@@ -225,8 +262,19 @@ class QuantScheme:
         return rows or shape[-2], columns or shape[-1]
 
     def tensors_for(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """The tensors, by field name, of a `QuantizedMatrix` of logical `shape (..., N, K)`."""
+        """The tensors, by field name, of a `QuantizedMatrix` of logical `shape (..., N, K)`.
+
+        Raises:
+            ConfigError: K is no whole number of blocks.
+        """
         *stack, num_rows, num_columns = shape
+        if self.blocks is not None:
+            block = BLOCK_CODES[self.blocks]
+            if num_columns % block.num_columns:
+                rule = f"be divisible by the {block.num_columns} columns of a block"
+                raise _error("K", num_columns, rule, f"'{self}'", "Use another format.")
+            row_bytes = num_columns // block.num_columns * block.num_bytes
+            return {"values": TensorSpec((*stack, num_rows, row_bytes), (torch.uint8,))}
         if self.scale_dtype is None:
             return {"values": TensorSpec(shape, (self.values_dtype,))}
         group_rows, group_columns = self.group_size(shape)
@@ -251,6 +299,8 @@ class QuantScheme:
     def __str__(self) -> str:
         if not self.is_quantized:
             return _names((self.values_dtype,))
+        if self.blocks is not None:
+            return f"{self.blocks}, blocks of {self.group_shape[1]}"
         rows, columns = ("all" if size is None else size for size in self.group_shape)
         parts = [f"int{self.bits}" if self.code is Code.INT else self.code.value]
         parts += [f"group {rows}x{columns}", f"scale {self.scale_dtype}".replace("torch.", "")]
@@ -261,6 +311,23 @@ class QuantScheme:
         if self.has_permutation:
             parts.append("permuted")
         return ", ".join(parts)
+
+
+def _block_fields(name: str) -> dict[str, Any]:
+    """Every field of the scheme of a kind of block."""
+    block = BLOCK_CODES[name]
+    return {
+        "code": Code.BLOCKS,
+        "bits": -(-8 * block.num_bytes // block.num_columns),
+        "group_shape": (1, block.num_columns),
+        "scale_dtype": None,
+        "zero_point": ZeroPoint.NONE,
+        "global_scale": GlobalScale.NONE,
+        "has_permutation": False,
+        "codebook": None,
+        "values_dtype": torch.uint8,
+        "blocks": name,
+    }
 
 
 def _float_levels(code: Code) -> tuple[float, ...]:
@@ -297,7 +364,7 @@ class QuantizedMatrix:
         scheme: what the tensors mean.
         shape: logical, unpadded `(N, K)` or `(L, N, K)`.
         values: `(L, N, ceil(K * bits / 8))` uint8 codes; for DENSE the `(L, N, K)` weight itself,
-            a Parameter too.
+            a Parameter too; for BLOCKS the bytes of a row's blocks, `(L, N, bytes)`.
         scales: `(L, GN, GK)` of `scheme.scale_dtype`; negative scales are legal.
         zero_points: `(L, GN, GK)`, uint8 or int16 for INTEGER, float for MINIMUM.
         global_scale: fp32, `(L,)` per MATRIX (`()` for one matrix), `(L, N)` per ROW.
@@ -471,6 +538,8 @@ def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> T
 
 def _dequantize_packed(matrix: QuantizedMatrix) -> Tensor:
     scheme, shape = matrix.scheme, matrix.shape
+    if scheme.blocks is not None:
+        return decode_rows(BLOCK_CODES[scheme.blocks], matrix.values)
     group_size = scheme.group_size(shape)
 
     def expanded(grid: Tensor) -> Tensor:

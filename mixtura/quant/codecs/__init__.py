@@ -1,0 +1,27 @@
+"""Checkpoint families: from the tensors of a file to matrices, and back."""
+
+from mixtura.quant.codecs.contract import (
+    ActivationGroup,
+    ActivationScheme,
+    Codec,
+    Decoded,
+    Header,
+    MatrixFormat,
+    Part,
+)
+from mixtura.quant.codecs.decoding import decode
+from mixtura.quant.codecs.registry import codec_class, codec_for, method_names
+
+__all__ = [
+    "ActivationGroup",
+    "ActivationScheme",
+    "Codec",
+    "Decoded",
+    "Header",
+    "MatrixFormat",
+    "Part",
+    "codec_class",
+    "codec_for",
+    "decode",
+    "method_names",
+]
