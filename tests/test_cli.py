@@ -330,7 +330,7 @@ def unknown_family(directory: Path) -> None:
 
 
 def quantized(directory: Path) -> None:
-    edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 5})
 
 
 def one_layer_too_many(directory: Path) -> None:
@@ -395,7 +395,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     wrong_type_in_config: "must hold values of the right types",
     impossible_size_in_config: "must describe a model that transformers can build",
     unknown_family: "must be of a type that transformers",
-    quantized: "must be unquantized",
+    quantized: "must be one of 2, 3, 4, 8",
     one_layer_too_many: "must hold every tensor of the model; got no model.layers.2.",
     other_expert_count: "must have the shape that config.json gives",
     dense: "must have an MoE layer; got none",

@@ -481,7 +481,7 @@ def test_a_quantized_checkpoint(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="must be unquantized"):
+    with pytest.raises(InputError, match="must be left out for a quantized checkpoint"):
         load(directory, weights="int4")
 
 

@@ -6,7 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,13 @@ class StoredModel:
     Attributes:
         dtypes: the stored dtype of every tensor of the model that is filled, by its name there.
         unused: tensors of the checkpoint that the model has no place for.
+        sources: the stored tensors that each of the model's is made of: a list for each pattern of
+            the conversion that merges them, or the one that it is, under None.
     """
 
     dtypes: Mapping[str, torch.dtype]
     unused: tuple[str, ...]
+    sources: Mapping[str, Mapping[str | None, list[str]]] = field(default_factory=dict)
 
 
 def stored_dtype(headers: Mapping[str, TensorHeader]) -> torch.dtype | None:
@@ -93,10 +96,11 @@ def match_headers(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -
         CheckpointError: a tensor has another shape than the configuration gives, or a dtype that
             is no plain number, or is missing.
     """
-    places = _Places(model)
+    places = Places(model)
     state = places.state
     dtypes: dict[str, torch.dtype] = {}
-    merged: dict[str, dict[str, list[str]]] = {}
+    merged: dict[str, dict[str | None, list[str]]] = {}
+    found: dict[str, Mapping[str | None, list[str]]] = {}
     unused: list[str] = []
     for name in sorted(headers, key=dot_natural_key):
         target, pattern = places.find(name)
@@ -107,18 +111,20 @@ def match_headers(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -
         else:
             _check_shape(name, headers[name].shape, target, state[target])
             dtypes[target] = _dtype_of(headers, [name], state[target])
+            found[target] = {None: [name]}
     for target, sources in merged.items():
         names = [name for group in sources.values() for name in group]
         for filled, shape in places.merge(target, sources, headers):
             if filled in state:
                 _check_shape(_some(names), shape, filled, state[filled])
                 dtypes[filled] = _dtype_of(headers, names, state[filled])
+                found[filled] = dict(sources)
     _check_missing(model, state.keys() - dtypes.keys(), dtypes.keys())
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    return StoredModel(dtypes, tuple(n for n in unused if not _matches(n, ignored)))
+    return StoredModel(dtypes, tuple(n for n in unused if not _matches(n, ignored)), found)
 
 
-class _Places:
+class Places:
     """Where a checkpoint's tensors go in a model: Transformers' renamings and merges for it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -140,16 +146,30 @@ class _Places:
         return target, pattern
 
     def merge(
-        self, target: str, sources: Mapping[str, list[str]], headers: Mapping[str, TensorHeader]
+        self, target: str, sources: Mapping[Any, list[str]], headers: Mapping[str, TensorHeader]
     ) -> Iterable[tuple[str, tuple[int, ...]]]:
         """Name and shape of what stored tensors become together."""
         for names in sources.values():
             _check_alike(names, headers, target)
+        empty = {
+            name: torch.empty(headers[name].shape, device="meta")
+            for names in sources.values()
+            for name in names
+        }
+        for name, tensor in self.convert(target, sources, empty).items():
+            yield name, tuple(tensor.shape)
+
+    def convert(
+        self, target: str, sources: Mapping[Any, list[str]], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the conversion that a target's sources go through makes of them, by name.
+
+        Raises:
+            CheckpointError: they do not fit together.
+        """
         converter: Any = copy.deepcopy(self.converter_of[next(iter(sources))])
         for pattern, names in sources.items():
-            converter.collected_tensors[pattern] = [
-                torch.empty(headers[name].shape, device="meta") for name in names
-            ]
+            converter.collected_tensors[pattern] = [tensors[name] for name in names]
         try:
             made = converter.convert(target, model=self.model, config=self.model.config)
         except Exception as error:  # whatever a family's operation stumbles over
@@ -159,9 +179,9 @@ class _Places:
                 f"{str(error).splitlines()[0]}. Fetch config.json and the weights again, both of "
                 f"one model."
             ) from None
-        for name, value in made.items():
-            tensor = value[0] if isinstance(value, list) else value
-            yield name, tuple(tensor.shape)
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
 
 def _check_alike(names: list[str], headers: Mapping[str, TensorHeader], target: str) -> None:

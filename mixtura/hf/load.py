@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,7 +24,16 @@ from mixtura.errors import CheckpointError, ConfigError, InputError, Unsupported
 from mixtura.hf.blocks import block_spec
 from mixtura.hf.checkpoint import checkpoint_files, read_headers, read_json
 from mixtura.hf.convert import convert, is_decorated
+from mixtura.hf.gguf import load_gguf_tokenizer, read_gguf
 from mixtura.hf.loader import LoadFormats, LoadStopped, Stream, StreamConfig, plan_load
+from mixtura.hf.packed_load import PackedLoad
+from mixtura.hf.stored import (
+    GgufCheckpoint,
+    SafetensorsCheckpoint,
+    StoredCheckpoint,
+    is_gguf,
+    quantization_config,
+)
 from mixtura.quant.formats import WeightFormat
 
 
@@ -92,10 +103,14 @@ def load_stock(
         Transformers' own model, in eval mode.
 
     Raises:
-        CheckpointError: files are missing, truncated, pickles, or quantized.
+        CheckpointError: files are missing, truncated, pickles, or quantized in a way that is not
+            read.
         InputError: a weight is not finite, or an argument does not go with `formats`.
         UnsupportedModel: there is no MoE layer.
     """
+    packed = find_packed(model, **_config_arguments(transformers_arguments))
+    if packed is not None:
+        return load_packed(*packed, formats, **transformers_arguments)
     config = load_config(model, **_config_arguments(transformers_arguments))
     empty = check_moe(config)
     if Path(model).is_dir():
@@ -119,6 +134,90 @@ def load_stock(
     _check_complete(model, found["missing_keys"], found["mismatched_keys"])
     stream.finish(loaded)
     return loaded.eval()
+
+
+def find_packed(model: str | Path, **arguments: Any) -> tuple[Any, StoredCheckpoint] | None:
+    """The configuration and the weights of a quantized checkpoint; None where it is not quantized.
+
+    Args:
+        model: a directory, a GGUF file, or a hub id.
+        arguments: where the configuration is found, as Transformers has them.
+
+    Raises:
+        CheckpointError: files are missing or broken, or of a format that is not read.
+    """
+    if is_gguf(model):
+        if not Path(model).is_file():
+            raise CheckpointError(
+                f"the model ({model}) must be a GGUF file; got no file. Check the path."
+            )
+        gguf = GgufCheckpoint(Path(model))
+        return gguf.model.config, gguf
+    directory = Path(model)
+    if not directory.is_dir():
+        config = load_config(model, **arguments)
+        if getattr(config, "quantization_config", None) is None:
+            return None
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        kept = {name: arguments[name] for name in names if name in arguments}
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        directory = Path(snapshot_download(str(model), allow_patterns=patterns, **kept))
+    settings = quantization_config(directory)
+    if settings is None:
+        return None
+    config = load_config(directory, **arguments)
+    for holder in (config, config.get_text_config()):
+        if getattr(holder, "quantization_config", None) is not None:
+            del holder.quantization_config
+    return config, SafetensorsCheckpoint(directory, settings)
+
+
+def load_packed(
+    config: Any,
+    checkpoint: StoredCheckpoint,
+    formats: LoadFormats | None = None,
+    **transformers_arguments: Any,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint: experts and linear layers stay packed. As `load_stock` else."""
+    if formats:
+        raise InputError(
+            f"weights= and linears= must be left out for a quantized checkpoint; got one of "
+            f"{checkpoint.family}. Drop them, or load the original weights."
+        )
+    _check_arguments(transformers_arguments)
+    empty = check_moe(config)
+    load = PackedLoad(
+        empty, checkpoint, packs_linears=transformers_arguments.get("device_map") is None
+    )
+    arguments = {"dtype": "auto", **transformers_arguments}
+    if arguments["dtype"] == "auto":
+        arguments["dtype"] = _packed_dtype(config, checkpoint)
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "config": config}
+    directory = checkpoint.files()[0].parent
+    if (directory / "generation_config.json").is_file():
+        arguments.setdefault("generation_config", GenerationConfig.from_pretrained(directory))
+    try:
+        loaded, found = type(empty).from_pretrained(
+            None,
+            state_dict=load.state_dict(),
+            quantization_config=StreamConfig(load),
+            **arguments,
+        )
+    except LoadStopped as stopped:
+        raise stopped.error from None
+    missing = found["missing_keys"] - load.packed_targets
+    _check_complete(directory, missing, found["mismatched_keys"])
+    load.finish(loaded)
+    return loaded.eval()
+
+
+def _packed_dtype(config: Any, checkpoint: StoredCheckpoint) -> torch.dtype:
+    """The dtype of a model beside its packed weights: as configured, else as its embedding has."""
+    for holder in (config, config.get_text_config()):
+        found = getattr(holder, "dtype", None)
+        if isinstance(found, torch.dtype):
+            return found
+    return torch.bfloat16
 
 
 NOT_WITH_FORMATS = ("quantization_config", "distributed_config", "tp_plan")
@@ -161,9 +260,11 @@ def load_config(model: str | Path, **arguments: Any) -> Any:
     """A checkpoint's configuration.
 
     Raises:
-        CheckpointError: there is none, it is broken, or it asks for quantized weights.
+        CheckpointError: there is none, or it is broken.
         UnsupportedModel: Transformers does not know the model's type.
     """
+    if is_gguf(model):
+        return read_gguf(model).config
     if Path(model).is_dir():
         read_json(Path(model) / "config.json")
     elif Path(model).is_file() or str(model).startswith((".", "/", "~")):
@@ -188,11 +289,6 @@ def load_config(model: str | Path, **arguments: Any) -> Any:
             f"the configuration of {model} must be readable; got: {_first_line(error)}. Check the "
             f"name, the path and the network."
         ) from None
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(
-            f"the weights of {model} must be unquantized; got a quantization_config in its "
-            f"config.json. Quantized checkpoints are not read yet: use the original weights."
-        )
     return config
 
 
@@ -202,6 +298,8 @@ def load_tokenizer(model: str | Path, **arguments: Any) -> PreTrainedTokenizerBa
     Raises:
         CheckpointError: there is none, or it is broken.
     """
+    if is_gguf(model):
+        return load_gguf_tokenizer(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **arguments)
     except Exception as error:  # the tokenizers library raises bare Exceptions on a broken file

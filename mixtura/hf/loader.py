@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -306,6 +306,20 @@ def _check_in_memory(module: nn.Module, path: str) -> None:
         )
 
 
+class ModelLoad(Protocol):
+    """One load, as the quantizer below serves it."""
+
+    @property
+    def open(self) -> Mapping[str, Slot]:
+        """Parameters, by name, that are to be handed over whole."""
+
+    def begin(self, model: PreTrainedModel, files: list[str] | None) -> None:
+        """Look at the model that is about to be filled; it is on the meta device."""
+
+    def take(self, name: str, value: Tensor) -> Tensor:
+        """What to set as a parameter that has been handed over."""
+
+
 class LoadStopped(BaseException):
     """Leaves Transformers' loader, which keeps ordinary exceptions to itself until the end."""
 
@@ -317,7 +331,7 @@ class LoadStopped(BaseException):
 class TakeParameters(ConversionOps):  # type: ignore[misc]
     """The last step of every conversion that makes a parameter which is kept in another form."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: ModelLoad) -> None:
         self.stream = stream
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -340,7 +354,7 @@ class TakeParameters(ConversionOps):  # type: ignore[misc]
 class StreamConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How a stream gets through Transformers' `from_pretrained`; the model does not keep it."""
 
-    stream: Stream | None = None
+    stream: ModelLoad | None = None
     quant_method: str = field(default=NAME, init=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamConfig:
@@ -362,10 +376,10 @@ class StreamQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     @property
-    def stream(self) -> Stream:
+    def stream(self) -> ModelLoad:
         """The load that this one serves."""
-        stream = self.quantization_config.stream
-        assert isinstance(stream, Stream)
+        stream: ModelLoad | None = self.quantization_config.stream
+        assert stream is not None
         return stream
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

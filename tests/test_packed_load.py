@@ -1,0 +1,109 @@
+"""Quantized checkpoints into models: what stays packed gives what its dense weights would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packed_files import formats, write_packed
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+import mixtura
+from mixtura.errors import InputError
+from mixtura.experts import PackedExperts
+from mixtura.hf.linears import PackedLinear
+
+IDS = torch.arange(1, 9).unsqueeze(0)
+
+CONFIGS: dict[str, Any] = {
+    "qwen3_moe": Qwen3MoeConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=5,
+        num_experts_per_tok=2,
+        dtype="float32",
+    ),
+    "mixtral": MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        dtype="float32",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's checkpoint."""
+    directory = tmp_path_factory.mktemp("dense") / request.param
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    model.save_pretrained(directory)
+    return directory
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+def expected_logits(dense: Path, means: dict[str, Tensor]) -> Tensor:
+    """Of the stock model with the weights that the packed ones stand for."""
+    other = dense.parent / f"{dense.name}-means"
+    AutoConfig.from_pretrained(dense).save_pretrained(other)
+    save_file(means, other / "model.safetensors", metadata={"format": "pt"})
+    return logits_of(AutoModelForCausalLM.from_pretrained(other))
+
+
+def is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def is_linear(name: str) -> bool:
+    return is_expert(name) or ("self_attn" in name and name.endswith("proj.weight"))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", formats())
+def test_packed_experts_are_what_the_files_say(name: str, dense: Path, tmp_path: Path) -> None:
+    means = write_packed(dense, tmp_path / "packed", name, is_expert)
+    expected = expected_logits(dense, means)
+    model = mixtura.from_pretrained(tmp_path / "packed", kernel="torch")
+    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    assert all(
+        module.given is not None and module.given.gate_up_proj.is_quantized for module in experts
+    )
+    assert relative(logits_of(model), expected) < 1e-5
+    assert relative(logits_of(mixtura.from_pretrained(tmp_path / "packed")), expected) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["gptq_v1_w4_g32_asym", "ct_nvfp4", "fp8_block128_exact"])
+def test_linear_layers_stay_packed_too(name: str, dense: Path, tmp_path: Path) -> None:
+    means = write_packed(dense, tmp_path / "packed", name, is_linear)
+    model = mixtura.from_pretrained(tmp_path / "packed")
+    assert any(isinstance(module, PackedLinear) for module in model.modules())
+    assert relative(logits_of(model), expected_logits(dense, means)) < 3e-2
+
+
+def test_formats_are_not_asked_for_again(dense: Path, tmp_path: Path) -> None:
+    write_packed(dense, tmp_path / "packed", "ct_mxfp4", is_expert)
+    with pytest.raises(InputError, match="must be left out for a quantized checkpoint"):
+        mixtura.from_pretrained(tmp_path / "packed", weights="int4")
