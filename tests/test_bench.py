@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from mixtura import SWIGLU_OAI, ExpertsConfig
 from mixtura.bench import choices, contenders, experts, machine, measure
+from mixtura.bench import weights as weight_sets
 from mixtura.bench.cases import Case, LayerShape, find_shape
 from mixtura.bench.chart import save_chart
 from mixtura.bench.choices import find_contenders
@@ -35,6 +36,7 @@ from mixtura.cli import app
 from mixtura.config import GateUp
 from mixtura.errors import ConfigError, InputError
 from mixtura.kernels import get_kernel
+from mixtura.kernels.cpu.extension import missing
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.scheme import dequantize
 from mixtura.types import ExpertBatch
@@ -243,13 +245,17 @@ def test_blocks_of_rows_stay_together() -> None:
     assert torch.equal(dequantize(source.stacks(0).down_proj.expert(1)), second)
 
 
-def test_large_layers_come_from_memory() -> None:
+def test_large_layers_come_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_sets, "last_level_bytes", lambda: 0)
     olmoe = find_shape("olmoe")
     for format in (WeightFormat.BF16, WeightFormat.INT4_G128):
         one_token = Case(shape=olmoe, num_tokens=1, weights=format)
         num_sets = num_weight_sets(one_token, one_token.expert_bytes)
         assert num_sets * one_token.num_slots * one_token.expert_bytes >= 2**27
-    assert num_weight_sets(replace(one_token, num_tokens=256), one_token.expert_bytes) == 1
+    many_tokens = replace(one_token, num_tokens=256)
+    assert num_weight_sets(many_tokens, one_token.expert_bytes) == 1
+    monkeypatch.setattr(weight_sets, "last_level_bytes", lambda: 300 * 2**20)
+    assert num_weight_sets(many_tokens, one_token.expert_bytes) == 4
 
 
 def test_every_layer_runs_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,3 +577,12 @@ def test_the_chart_shows_fractions_and_the_best_peer(
 def test_a_chart_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must have a case to show"):
         save_chart([], tmp_path / "chart.png")
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_another_instruction_set_can_be_measured() -> None:
+    options = "--shape tiny --weights int8 --tokens 1 --seconds 0.1 --contender cpu --json"
+    found = bench(*options.split(), "--path", "portable")
+    assert found.exit_code == 0
+    assert json.loads(found.stdout)["slow_calls"] == 0
+    assert "path ('sse') must be one that this processor runs" in error_of(bench("--path", "sse"))

@@ -85,12 +85,17 @@ class ContenderResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseResult:
-    """Everything about one case."""
+    """Everything about one case.
+
+    Attributes:
+        slow_calls: calls of the C++ kernels that got fewer threads than they asked for.
+    """
 
     case: Case
     machine: Machine
     floor: Floor
     contenders: tuple[ContenderResult, ...]
+    slow_calls: int = 0
 
     @property
     def subjects(self) -> tuple[ContenderResult, ...]:
@@ -143,6 +148,7 @@ class CaseResult:
             "bandwidth_before_GBps": floor.bandwidth_before / 1e9,
             "bandwidth_after_GBps": floor.bandwidth_after / 1e9,
             "peak_GFLOPs": floor.peak / 1e9,
+            "slow_calls": self.slow_calls,
             "best_peer": None if best is None else best.name,
             "ratio_to_best_peer": self.ratio_to_best_peer(of),
             "peers": {

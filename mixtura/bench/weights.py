@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,11 @@ ROLL = 7
 
 COLD_BYTES = 128 * 2**20
 """Touch this much before a weight is read again: four times the last-level cache of common CPUs."""
+
+COLD_CACHES = 2
+"""And this many times the last-level cache, where that is larger than theirs."""
+
+LAST_LEVEL_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 MOST_SETS = 8
 """More layers than this are not needed: routings take turns, too."""
@@ -171,4 +177,13 @@ def random_batches(case: Case, num_batches: int, seed: int) -> list[ExpertBatch]
 def num_weight_sets(case: Case, expert_bytes: int) -> int:
     """Layers to rotate through so that weights come from memory; those of small layers do not."""
     touched = min(case.num_slots, case.shape.experts.num_experts) * expert_bytes
-    return min(MOST_SETS, math.ceil(COLD_BYTES / touched))
+    return min(MOST_SETS, math.ceil(max(COLD_BYTES, COLD_CACHES * last_level_bytes()) / touched))
+
+
+def last_level_bytes() -> int:
+    """Bytes of the last-level cache as the system tells; 0 where it does not."""
+    try:
+        text = LAST_LEVEL_CACHE.read_text().strip()
+        return int(text.removesuffix("K")) * (1024 if text.endswith("K") else 1)
+    except (OSError, ValueError):
+        return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +82,10 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch. Default: as torch decides.")
     ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(help="Another instruction set of the C++ kernels, as doctor names them."),
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print a line of JSON for each case; tables go to stderr."),
@@ -109,25 +114,43 @@ def bench(
         import torch
     if threads is not None:
         torch.set_num_threads(threads)
-    if is_experts:
-        bench_experts(
-            shape or [DEFAULT_SHAPE],
-            weights or DEFAULT_WEIGHTS,
-            tokens or DEFAULT_TOKENS,
-            contender,
-            DEFAULT_SECONDS if seconds is None else seconds,
-            png=png,
-            as_json=as_json,
-        )
-    else:
-        bench_generate(
-            model_or_demo(model),
-            {"weights": weights, "linears": linears},
-            prompt_tokens or DEFAULT_PROMPT,
-            new_tokens or DEFAULT_NEW,
-            as_json=as_json,
-            debug=debug,
-        )
+    with on_path(path):
+        if is_experts:
+            bench_experts(
+                shape or [DEFAULT_SHAPE],
+                weights or DEFAULT_WEIGHTS,
+                tokens or DEFAULT_TOKENS,
+                contender,
+                DEFAULT_SECONDS if seconds is None else seconds,
+                png=png,
+                as_json=as_json,
+            )
+        else:
+            bench_generate(
+                model_or_demo(model),
+                {"weights": weights, "linears": linears},
+                prompt_tokens or DEFAULT_PROMPT,
+                new_tokens or DEFAULT_NEW,
+                as_json=as_json,
+                debug=debug,
+            )
+
+
+def on_path(path: str | None) -> AbstractContextManager[None]:
+    """Run what is measured on that instruction set; on the best one without a name.
+
+    Raises:
+        InputError: there are no C++ kernels. ConfigError: the processor does not run them.
+    """
+    from mixtura.errors import InputError
+    from mixtura.kernels.cpu.extension import forced_path, missing
+
+    if path is None:
+        return nullcontext()
+    reason = missing()
+    if reason is not None:
+        raise InputError(f"path ({path}) must be one of the C++ kernels'; got none: {reason}.")
+    return forced_path(path)
 
 
 def bench_experts(
