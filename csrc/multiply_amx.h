@@ -203,23 +203,22 @@ static void run_whole(const TileRows& t, const Block& k, int tile, int64_t step,
 }
 
 // Adds a group's sums [row][PANELS][16] to the totals, scaled, as add_group of block.h does.
-template <Arithmetic A, int PANELS>
-FN void add_sums(const TileRows& t, const Block& k, int first, int count, const float* sums,
-                 float* totals, int64_t group) {
+template <Arithmetic A, int PANELS, bool HAS_ZEROS>
+static void add_sums(const TileRows& t, const Block& k, int first, int count, const float* sums,
+                     float* totals, int64_t group) {
   constexpr bool is_int = A == Arithmetic::INT8;
-  const bool has_zeros = k.zeros != nullptr;
   F scale[PANELS], zero[PANELS];
 #pragma GCC unroll 4
   for (int n = 0; n < PANELS; ++n) {
     scale[n] = load_kind(k.scale_kind, k.scales + n * k.scales_stride +
                                            group * kPanel * kind_size(k.scale_kind));
-    zero[n] = f_zero();
-    if (has_zeros)
+    if constexpr (HAS_ZEROS)
       zero[n] = load_kind(k.zero_kind, k.zeros + n * k.zeros_stride +
                                            group * kPanel * kind_size(k.zero_kind));
   }
   const float* row_scales = t.scales + group * t.padded() + first;
   const float* corrections = t.corrections + group * t.padded() + first;
+#pragma GCC unroll 2
   for (int row = 0; row < count; ++row, sums += PANELS * kPanel, totals += PANELS * kPanel) {
     const F row_scale = f_set(is_int ? row_scales[row] : 1.0f);
 #pragma GCC unroll 4
@@ -227,14 +226,14 @@ FN void add_sums(const TileRows& t, const Block& k, int first, int count, const 
       F sum;
       if constexpr (is_int) {
         I exact = i_load(sums + n * kPanel);
-        if (has_zeros) exact = i_add(exact, i_set(k.signed_by * (int32_t)corrections[row]));
+        if constexpr (HAS_ZEROS) exact = i_add(exact, i_set(k.signed_by * (int32_t)corrections[row]));
         sum = to_float(exact);
       } else {
         sum = f_load(sums + n * kPanel);
       }
       const F factor = is_int ? f_mul(scale[n], row_scale) : scale[n];
       F total = f_load(totals + n * kPanel);
-      if (has_zeros) {
+      if constexpr (HAS_ZEROS) {
         const F correction = f_set(corrections[row]);
         if (is_int && !k.zeros_are_minima) sum = f_nfma(zero[n], correction, sum);
         total = f_fma(sum, factor, total);
@@ -247,11 +246,64 @@ FN void add_sums(const TileRows& t, const Block& k, int first, int count, const 
   }
 }
 
+// Levels as signed bytes of words first .. last - 1 of PANELS panels beside each other, each to memory
+// of its own; a level of e2m1 is twice as large.
+template <Code C, int PANELS>
+static void unpack_signed(const uint8_t* panels, int64_t first, int64_t last, uint8_t* out,
+                          int64_t panel_stride) {
+  const uint8_t* from = panels + first * kQuadBytes;
+  for (int64_t word = first; word < last; ++word, from += kQuadBytes) {
+#pragma GCC unroll 4
+    for (int n = 0; n < PANELS; ++n) {
+      const V raw = v_load(from + n * kWordBytes);
+      uint8_t* to = out + n * panel_stride;
+      if constexpr (C == Code::U8) {
+        v_store(to, i_xor(raw, i_set((int32_t)0x80808080)));
+      } else {
+        const V low = v_low_nibbles(raw), high = v_high_nibbles(raw);
+        v_store(to, C == Code::U4 ? v_sub8(low, 8) : v_lookup(kE2M1Signed, low));
+        v_store(to + kWordBytes, C == Code::U4 ? v_sub8(high, 8) : v_lookup(kE2M1Signed, high));
+      }
+    }
+    out += (C == Code::U8 ? 1 : 2) * kWordBytes;
+  }
+}
+
+// Panels of a quad that are made into what tiles hold, a range of words at a time.
+struct Unpacker {
+  const Matrix* m;
+  const uint8_t* panels;
+  const uint8_t* zeros;      // of the first panel, or null
+  int64_t zeros_stride;
+  int num_panels, subs;
+  int64_t panel_stride;      // bytes of the result
+
+  template <Arithmetic A> void run(int64_t first, int64_t last, uint8_t* out) const {
+    if constexpr (A == Arithmetic::INT8) {
+      const auto signed_bytes = [&](auto code) {
+        constexpr Code kCode = (Code)decltype(code)::value;
+        if (num_panels == 4)
+          unpack_signed<kCode, 4>(panels, first / subs, last / subs, out, panel_stride);
+        else
+          unpack_signed<kCode, 2>(panels, first / subs, last / subs, out, panel_stride);
+      };
+      if (m->code == Code::U8) signed_bytes(Number<(int)Code::U8>{});
+      else if (m->code == Code::U4) signed_bytes(Number<(int)Code::U4>{});
+      else signed_bytes(Number<(int)Code::E2M1>{});
+    } else {
+      for (int n = 0; n < num_panels; ++n)
+        unpack_panel(*m, panels + n * kWordBytes, zeros ? zeros + n * zeros_stride : nullptr,
+                     first / subs, last / subs, out + n * panel_stride);
+    }
+  }
+};
+
 // Products with groups: a group's sums leave the tiles and are added up while the next group is
-// multiplied.
+// multiplied. The first rows unpack the next group meanwhile: tiles cannot be loaded from stores that
+// are still under way. Groups take turns in `ring` places.
 template <Arithmetic A, int TILES, int PANELS>
 static void run_groups(const TileRows& t, const Block& k, int tile, int64_t step, int64_t words,
-                       TilePanels& p) {
+                       TilePanels& p, const Unpacker& unpacker, uint8_t* places, int64_t ring) {
   constexpr int kBlock = TILES * kTileRows * PANELS * kPanel;
   alignas(64) float sums[2][kBlock], totals[kBlock];
   constexpr int64_t stride = PANELS * kPanel * 4;
@@ -262,39 +314,31 @@ static void run_groups(const TileRows& t, const Block& k, int tile, int64_t step
       f_store(totals + (row * PANELS + n) * kPanel,
               k.accumulate ? f_load(k.c + row * k.c_stride + n * kPanel) : f_zero());
   const int64_t begin = step * t.depth / k.group_words, steps = k.group_words / t.depth;
+  const int64_t end = step * t.depth + words;
   int64_t group = begin;
+  const auto place = [&](int64_t number) {
+    return places + number % ring * PANELS * unpacker.panel_stride;
+  };
+  const auto unpack = [&](int64_t number) {
+    const int64_t from = number * k.group_words;
+    const int64_t to = from + k.group_words < end ? from + k.group_words : end;
+    unpacker.template run<A>(from, to, place(number));
+  };
+  const auto add = k.zeros ? &add_sums<A, PANELS, true> : &add_sums<A, PANELS, false>;
+  if (tile == 0) unpack(group);
   for (; words > 0; words -= k.group_words, ++group, step += steps) {
+    if (tile == 0 && words > k.group_words) unpack(group + 1);
+    p.values = place(group);
     const TileSums s{sums[group & 1], stride, TILES, 0, nullptr};
     each_sum<TILES, PANELS>([&](auto n) { begin_sums<decltype(n)::value, PANELS>(t, s, false); });
     add_steps<A, TILES, PANELS>(t, tile, step, words < k.group_words ? words : k.group_words, p);
-    p.values += k.group_words * p.word_stride;
     each_sum<TILES, PANELS>([&](auto n) { end_sums<decltype(n)::value, PANELS>(t, s); });
-    if (group > begin)
-      add_sums<A, PANELS>(t, k, first, count, sums[(group - 1) & 1], totals, group - 1);
+    if (group > begin) add(t, k, first, count, sums[(group - 1) & 1], totals, group - 1);
   }
-  add_sums<A, PANELS>(t, k, first, count, sums[(group - 1) & 1], totals, group - 1);
+  add(t, k, first, count, sums[(group - 1) & 1], totals, group - 1);
   for (int row = 0; row < count; ++row)
     for (int n = 0; n < PANELS; ++n)
       f_store(k.c + row * k.c_stride + n * kPanel, f_load(totals + (row * PANELS + n) * kPanel));
-}
-
-// Levels as signed bytes of words first .. last - 1 of a panel, a level of e2m1 twice as large.
-static void unpack_signed(const Matrix& m, const uint8_t* panel, int64_t first, int64_t last,
-                          uint8_t* out) {
-  const uint8_t* from = panel + first * kQuadBytes;
-  for (int64_t word = first; word < last; ++word, from += kQuadBytes) {
-    const V raw = v_load(from);
-    if (m.code == Code::U8) {
-      v_store(out, i_xor(raw, i_set((int32_t)0x80808080)));
-      out += kWordBytes;
-      continue;
-    }
-    const V low = v_low_nibbles(raw), high = v_high_nibbles(raw);
-    const bool is_int = m.code == Code::U4;
-    v_store(out, is_int ? v_sub8(low, 8) : v_lookup(kE2M1Signed, low));
-    v_store(out + kWordBytes, is_int ? v_sub8(high, 8) : v_lookup(kE2M1Signed, high));
-    out += 2 * kWordBytes;
-  }
 }
 
 // `k` as `multiply` has filled it; words here are those of rows.
@@ -323,9 +367,13 @@ static void multiply_tiles(const Matrix& m, int64_t expert, int64_t first_panel,
   const bool is_alone = t.num_tiles == 1;
   shape_tiles_for(t.rows, t.depth, is_alone);
 
+  Unpacker unpacker{&m, nullptr, nullptr, k.zeros_stride, is_alone ? kQuad : 2, subs, 0};
+  // Rows of one or two tiles go through a quad at once, more a chunk after the other.
+  const bool is_short = t.num_tiles <= 2;
   int64_t chunk = kTileChunk;
   if (GROUPED) chunk = chunk < k.group_words ? k.group_words : chunk / k.group_words * k.group_words;
-  else if (!unpacks && t.num_tiles <= 2) chunk = t.num_steps * t.depth;
+  const int64_t ring = is_short ? 2 : chunk / k.group_words;
+  if (is_short && (GROUPED || !unpacks)) chunk = t.num_steps * t.depth;
   const auto run = [&](int tile, int64_t step, int64_t words, TilePanels p, int64_t panel, float* c) {
     Block b = k;
     b.c = c + tile * t.rows * k.c_stride + panel * kPanel;
@@ -334,7 +382,8 @@ static void multiply_tiles(const Matrix& m, int64_t expert, int64_t first_panel,
     const bool is_pair = t.num_tiles - tile >= 2;
     const auto runs = [&](auto tiles, auto panels) {
       constexpr int kT = decltype(tiles)::value, kP = decltype(panels)::value;
-      if constexpr (GROUPED) run_groups<A, kT, kP>(t, b, tile, step, words, p);
+      if constexpr (GROUPED)
+        run_groups<A, kT, kP>(t, b, tile, step, words, p, unpacker, scratch.unpacked, ring);
       else run_whole<A, kT, kP>(t, b, tile, step, words, p);
     };
     if (is_alone) runs(Number<1>{}, Number<4>{});
@@ -343,29 +392,20 @@ static void multiply_tiles(const Matrix& m, int64_t expert, int64_t first_panel,
   };
 
   float* c = k.c;
-  const int beside = is_alone ? kQuad : 2;  // panels
-  const auto unpack = [&](const uint8_t* quad, int64_t panel, int64_t first, int64_t last) {
-    for (int n = 0; n < beside; ++n) {
-      const uint8_t* from = quad + (panel + n) % kQuad * kWordBytes;
-      uint8_t* out = scratch.unpacked + n * chunk * kWordBytes;
-      if constexpr (A == Arithmetic::INT8) {
-        unpack_signed(m, from, first, last, out);
-      } else {
-        const uint8_t* zeros = k.zeros ? k.zeros + (panel + n) * k.zeros_stride : nullptr;
-        unpack_panel(m, from, zeros, first, last, out);
-      }
-    }
-  };
+  const int beside = unpacker.num_panels;
+  unpacker.panel_stride = (GROUPED ? k.group_words : chunk) * kWordBytes;
   for (int64_t panel = 0; panel < num_panels; panel += beside) {
     const uint8_t* quad = panel_at(m, expert, first_panel + panel / kQuad * kQuad);
     for (int64_t begin = 0; begin < num_words; begin += chunk) {
       const int64_t end = begin + chunk < num_words ? begin + chunk : num_words;
       TilePanels p{};
       if (unpacks) {
-        unpack(quad, panel, begin / subs, end / subs);
+        unpacker.panels = quad + panel % kQuad * kWordBytes;
+        unpacker.zeros = k.zeros ? k.zeros + panel * k.zeros_stride : nullptr;
+        if (!GROUPED) unpacker.template run<A>(begin, end, scratch.unpacked);
         p.values = scratch.unpacked;
         p.word_stride = kWordBytes;
-        p.panel_stride = chunk * kWordBytes;
+        p.panel_stride = unpacker.panel_stride;
       } else {
         p.values = quad + panel % kQuad * kWordBytes + begin * kQuadBytes;
         p.word_stride = kQuadBytes;
