@@ -13,18 +13,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from families import FamilySource, discover  # noqa: E402
+from packed_files import format_like, golden_index  # noqa: E402
 
 from mixtura.config import ExpertsConfig, RoutingConfig  # noqa: E402
 from mixtura.hf.blocks import BLOCKS  # noqa: E402
 from mixtura.hf.convert import NOT_TAKEN_OVER  # noqa: E402
 from mixtura.kernels import get_kernel, kernel_names  # noqa: E402
+from mixtura.quant.codecs.gguf import Gguf, GgufBlocks, is_weight_type  # noqa: E402
+from mixtura.quant.codecs.output_formats import OutputFormat  # noqa: E402
+from mixtura.quant.codecs.registry import codec_class, method_names  # noqa: E402
 from mixtura.quant.formats import WeightFormat  # noqa: E402
+from mixtura.quant.ggml_types import GgmlType  # noqa: E402
+from mixtura.quant.scheme import QuantScheme, ZeroPoint  # noqa: E402
 from mixtura.routing import NOT_COVERED  # noqa: E402
 from mixtura.types import ExpertsProblem  # noqa: E402
 
 FAMILIES = ROOT / "docs" / "families.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- formats: scripts/make_tables.py -->\n", "<!-- end of formats -->"
+CHECKPOINTS = ROOT / "docs" / "formats.md"
+BEGIN_CHECKPOINTS = "<!-- checkpoints: scripts/make_tables.py -->\n"
+END_CHECKPOINTS = "<!-- end of checkpoints -->"
+WARNED_OF = "gptq_v1_zero0_ambiguity"
+"""A golden file that is read with a warning; its scheme is another's."""
 HEAD = """# Families
 
 Every MoE family of Transformers 5.23, found in the installed package. **block**: gate, router,
@@ -63,9 +74,8 @@ def families_table() -> str:
     return HEAD + "\n".join(row(name, source) for name, source in discover().items()) + "\n"
 
 
-def kernels_for(format: WeightFormat, device: str) -> str:
-    """The kernels that run experts in a weight format, in order of preference."""
-    scheme = format.scheme
+def kernels_for(scheme: QuantScheme, device: str) -> str:
+    """The kernels that run experts of a scheme, in order of preference."""
     problem = ExpertsProblem(
         experts=ExpertsConfig(num_experts=8, hidden_size=256, intermediate_size=128),
         schemes=(scheme,),
@@ -80,17 +90,81 @@ def formats_table() -> str:
     """Weight format x device -> kernels."""
     lines = ["| weights | CPU | CUDA |", "|---|---|---|"]
     for format in WeightFormat:
-        cells = (format.value, kernels_for(format, "cpu"), kernels_for(format, "cuda"))
+        kernels = (kernels_for(format.scheme, device) for device in ("cpu", "cuda"))
+        cells = (format.value, *kernels)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def stored_schemes() -> dict[tuple[str, QuantScheme], list[str]]:
+    """Family and scheme -> ggml's types, for every way in which matrices are stored."""
+    found: dict[tuple[str, QuantScheme], list[str]] = {}
+    for name, entry in golden_index().items():
+        is_file = "quantization_config" in entry and name != WARNED_OF
+        if is_file and not name.startswith("gguf"):
+            codec, _, scheme, _ = format_like(name)
+            found.setdefault((codec.name, scheme), [])
+    for type in GgmlType:
+        if is_weight_type(type):
+            found.setdefault((Gguf.name, GgufBlocks(type).scheme), []).append(type.name)
+    return found
+
+
+def bits_per_weight(scheme: QuantScheme) -> float:
+    """Bits of all tensors of a matrix (256, 256), for a weight."""
+    num_bytes = 0
+    for name, spec in scheme.tensors_for((256, 256)).items():
+        dtype = spec.dtypes[0]
+        if name == "zero_points" and scheme.zero_point is ZeroPoint.MINIMUM:
+            dtype = scheme.scale_dtype or dtype
+        elif name == "zero_points" and scheme.bits == 8:
+            dtype = torch.int16  # a zero point of 8 bits reaches 256
+        num_bytes += torch.Size(spec.shape).numel() * dtype.itemsize
+    return 8 * num_bytes / 256**2
+
+
+def checkpoints_table() -> str:
+    """Family x format -> what keeps it packed, runs and writes it."""
+    outputs = [OutputFormat.of(format) for format in WeightFormat if format.scheme.is_quantized]
+    written = {(out.codec.name, out.scheme): out.format.value for out in outputs}
+    stored = stored_schemes()
+    rows = dict.fromkeys([*stored, *written])
+    methods = {codec_class(method).name: method for method in reversed(method_names())}
+    lines = [
+        "| family (`quant_method`) | stored as | keeps packed, in memory | CPU | GPU | writes |",
+        "|---|---|---|---|---|---|",
+    ]
+    order = list(dict.fromkeys([*reversed(methods), *(family for family, _ in rows)]))
+    for family, scheme in sorted(rows, key=lambda row: order.index(row[0])):
+        types = ", ".join(stored.get((family, scheme), []))
+        bits = f"{bits_per_weight(scheme):.3g} bits"
+        cells = (
+            f"{family} (`{methods[family]}`)",
+            f"{types}: {scheme}" if types else str(scheme),
+            f"yes, {bits}" if scheme.is_quantized else f"dense, {bits}",
+            kernels_for(scheme, "cpu"),
+            kernels_for(scheme, "cuda"),
+            written.get((family, scheme), ""),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(path: Path, begin: str, table: str, end: str) -> str:
+    """A file with the table between two lines replaced."""
+    head, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    return head + begin + table + end + rest.partition(end)[2]
+
+
 def current_files() -> dict[Path, str]:
     """Every file with a generated table, as it should be."""
-    readme = README.read_text(encoding="utf-8")
-    head, _, rest = readme.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    return {FAMILIES: families_table(), README: head + BEGIN + formats_table() + END + tail}
+    return {
+        FAMILIES: families_table(),
+        README: with_table(README, BEGIN, formats_table(), END),
+        CHECKPOINTS: with_table(
+            CHECKPOINTS, BEGIN_CHECKPOINTS, checkpoints_table(), END_CHECKPOINTS
+        ),
+    }
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ def describe_verb(name: str) -> dict[str, Any]:
 def describe_parameter(parameter: inspect.Parameter, hint: Any) -> dict[str, Any]:
     """One parameter: its name, spelling, type, bounds, default and help."""
     kind, info = get_args(hint)
-    default = parameter.default
+    is_required = parameter.default is inspect.Parameter.empty
+    default = None if is_required else parameter.default
     described = {
         "name": parameter.name,
         "kind": type(info).__name__.removesuffix("Info").lower(),
@@ -47,6 +48,7 @@ def describe_parameter(parameter: inspect.Parameter, hint: Any) -> dict[str, Any
         "type": spell_type(kind),
         "min": info.min,
         "max": info.max,
+        "is_required": is_required or None,
         "default": default.value if isinstance(default, Enum) else default,
         "help": info.help,
     }

@@ -6,6 +6,7 @@ a second time, from the checkpoint's side.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -133,3 +134,21 @@ def random_blocks(type: Any, rows: int, columns: int, seed: int = 0) -> np.ndarr
     """Random bytes of whole blocks of a `GgmlType`; not all blocks have finite scales."""
     draw = np.random.default_rng(seed)
     return draw.integers(0, 256, (rows, type.row_bytes(columns)), dtype=np.uint8)
+
+
+def vocabulary(path: Path) -> dict[str, Any]:
+    """The keys of a tokenizer, such as that of the model in the box."""
+    stored = json.loads(path.read_text())
+    by_id = {number: token for token, number in stored["model"]["vocab"].items()}
+    special = {added["id"]: added["content"] for added in stored["added_tokens"]}
+    size = max(*by_id, *special) + 1
+    merges = stored["model"]["merges"]
+    return {
+        ":tokenizer.ggml.model": "gpt2",
+        ":tokenizer.ggml.pre": "gpt-2",
+        ":tokenizer.ggml.tokens": [special.get(n, by_id.get(n, f"<{n}>")) for n in range(size)],
+        ":tokenizer.ggml.token_type": [3 if n in special else 1 for n in range(size)],
+        ":tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+        ":tokenizer.ggml.eos_token_id": min(special),
+        ":tokenizer.ggml.bos_token_id": min(special),
+    }

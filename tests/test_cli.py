@@ -396,7 +396,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     impossible_size_in_config: "must describe a model that transformers can build",
     unknown_family: "must be of a type that transformers",
     quantized: "must be one of 2, 3, 4, 8",
-    one_layer_too_many: "must hold every tensor of the model; got no model.layers.2.",
+    one_layer_too_many: "tensor that config.json gives; got none for model.layers.2.",
     other_expert_count: "must have the shape that config.json gives",
     dense: "must have an MoE layer; got none",
     truncated: "must be a whole safetensors file",

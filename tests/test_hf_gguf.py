@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import converted, write_gguf
+from gguf_files import converted, vocabulary, write_gguf
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -323,24 +322,6 @@ MIXED = {
 
 def mixed_kind(name: str) -> Kind:
     return next((kind for end, kind in MIXED.items() if name.endswith(end)), Kind.F32)
-
-
-def vocabulary(path: Path) -> dict[str, Any]:
-    """The keys of the model in the box's tokenizer."""
-    stored = json.loads(path.read_text())
-    by_id = {number: token for token, number in stored["model"]["vocab"].items()}
-    special = {added["id"]: added["content"] for added in stored["added_tokens"]}
-    size = max(*by_id, *special) + 1
-    merges = stored["model"]["merges"]
-    return {
-        ":tokenizer.ggml.model": "gpt2",
-        ":tokenizer.ggml.pre": "gpt-2",
-        ":tokenizer.ggml.tokens": [special.get(n, by_id.get(n, f"<{n}>")) for n in range(size)],
-        ":tokenizer.ggml.token_type": [3 if n in special else 1 for n in range(size)],
-        ":tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
-        ":tokenizer.ggml.eos_token_id": min(special),
-        ":tokenizer.ggml.bos_token_id": min(special),
-    }
 
 
 @pytest.fixture(scope="module")

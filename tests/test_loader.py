@@ -458,7 +458,7 @@ def test_weights_of_another_shape_than_configured(tiny: Path, tmp_path: Path) ->
     names = load_file(tiny / "model.safetensors")
     narrow = {n: t[..., :-1].contiguous() for n, t in names.items() if "down_proj" in n}
     broken = changed(tiny, tmp_path / "narrow", **narrow)
-    with pytest.raises(CheckpointError, match=r"down_proj \(\(8, 64, 23\)\) must have the shape"):
+    with pytest.raises(CheckpointError, match=r"down_proj\S* \(\(.*\)\) must have the shape"):
         load(broken, weights="int4")
 
 
@@ -467,7 +467,7 @@ def test_a_missing_projection(tiny: Path, tmp_path: Path) -> None:
     names = load_file(directory / "model.safetensors")
     kept = {n: t for n, t in names.items() if "layers.2.mlp.experts" not in n}
     save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"got no model\.layers\.2\.mlp\.experts"):
+    with pytest.raises(CheckpointError, match=r"got none for model\.layers\.2\.mlp\.experts"):
         load(directory, weights="int4")
 
 

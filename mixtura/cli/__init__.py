@@ -46,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("mixtura.cli.generate", "Generate text, and say how fast it came."),
     "inspect": Verb("mixtura.cli.inspect", "Count and draw which experts a text visits."),
     "explain": Verb("mixtura.cli.explain", "Say which kernel runs each MoE layer, and why."),
+    "quantize": Verb("mixtura.cli.quantize", "Quantize a checkpoint on disk."),
     "bench": Verb("mixtura.cli.bench", "Measure speed beside the limits of this machine."),
     "doctor": Verb("mixtura.cli.doctor", "Say what this machine offers, and what is missing."),
 }

@@ -15,7 +15,7 @@ from mixtura.cli.options import Debug, Kernel, Model, Weights, model_or_demo
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mixtura.hf.explain import ExpertsExplanation, LayerGroup, ModelExplanation
+    from mixtura.hf.explanation import ExpertsExplanation, LayerGroup, ModelExplanation
 
 NAME_WIDTH = 11
 KINDS = {
@@ -122,6 +122,8 @@ def print_model(
     if found.bytes_per_token is not None:
         part = found.bytes_per_token / max(found.num_bytes, 1)
         rows["per token"] = f"{size(found.bytes_per_token)} of weights at most ({part:.1%})"
+    if found.checkpoint is not None:
+        rows["stored as"] = f"{found.checkpoint}; {found.num_packed_linears} linear layers packed"
     if found.unused:
         rows["unused"] = f"{len(found.unused):,} tensors in the files, first {found.unused[0]}"
     if found.dense is not None:
@@ -185,6 +187,8 @@ def _experts_rows(experts: ExpertsExplanation, num_layers: int) -> dict[str, str
         rows["per token"] = f"{size(experts.bytes_per_token)}{layer} at most: {', '.join(parts)}"
     fallback = ", a fallback" if experts.is_fallback else ""
     path = f": {experts.kernel_path}" if experts.kernel_path is not None else ""
+    if experts.asked is not None:
+        rows["asks for"] = f"{experts.asked} activations; they run as the kernel says"
     rows["kernel"] = f"{experts.kernel}{path}{fallback}"
     return rows
 

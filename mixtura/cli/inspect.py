@@ -1,7 +1,11 @@
-"""`mixtura inspect`: which experts a text visits, as a table, a picture and a page."""
+"""`mixtura inspect`: which experts a text visits, as a table, a picture and a page.
+
+With `--ledger` instead: what the files of a checkpoint hold, and what becomes of each tensor.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -9,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixtura.cli.ledger import as_data, print_ledger
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
-from mixtura.cli.options import Debug, Device, Kernel, Model, Weights
+from mixtura.cli.options import Debug, Device, Kernel, Model, Weights, model_or_demo
 from mixtura.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,9 +53,27 @@ def inspect(
     ] = DtypeName.AUTO,
     weights: Weights = None,
     kernel: Kernel = None,
+    ledger: Annotated[
+        bool,
+        typer.Option(
+            "--ledger", help="Read and check the files instead: what becomes of every tensor."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --ledger, print JSON, for a program.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Count and draw which experts a text visits."""
+    """Count and draw which experts a text visits.
+
+    With --ledger nothing is run: the checkpoint's files are read once, and every tensor is named
+    or counted.
+    """
+    if ledger:
+        inspect_files(model, as_json=as_json, debug=debug)
+        return
+    if as_json:
+        raise typer.TyperException("--json goes with --ledger. Give both.")
     source, name = read_text(text)
     for target in (png, html, trace):
         check_target(target)
@@ -85,6 +108,20 @@ def inspect(
     if trace is not None:
         found.save(trace)
         print(f"trace    {trace}")
+
+
+def inspect_files(model: str | None, *, as_json: bool, debug: bool) -> None:
+    """Read and check the files of a checkpoint, and print its ledger."""
+    name = model_or_demo(model)
+    with quiet(debug):
+        from mixtura.hf.audit import read_ledger
+
+        found = read_ledger(name)
+    shown = name if model is not None else "the model in the box"
+    if as_json:
+        typer.echo(json.dumps(as_data(shown, found), indent=2))
+    else:
+        print_ledger(shown, found)
 
 
 def read_text(text: str | None) -> tuple[str, str]:

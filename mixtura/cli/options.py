@@ -16,7 +16,7 @@ DEBUG = "--debug"
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Directory of a model, or its hub id. Default: the model in the box."),
+    typer.Option(help="Directory of a model, GGUF file, or hub id. Default: the model in the box."),
 ]
 Device = Annotated[
     str | None,

@@ -89,17 +89,55 @@ def checkpoint_files(directory: Path) -> list[Path]:
     )
 
 
+def tensor_files(files: list[Path]) -> dict[str, Path]:
+    """The file of every tensor.
+
+    Raises:
+        CheckpointError: two files, or two places in one, are called the same; or a file is no
+            safetensors file.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        for name in _tensor_names(file):
+            if name in found:
+                raise CheckpointError(
+                    f"{name} must be stored once; got it in {found[name].name} and {file.name}. "
+                    f"Fetch the weights again, into an empty directory."
+                )
+            found[name] = file
+    return found
+
+
+def _tensor_names(file: Path) -> list[str]:
+    """The names in the header as often as they are there; `read_headers` checks all else."""
+    pairs: list[tuple[str, Any]] = []
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = opened.read(min(size, file.stat().st_size))
+        pairs = json.loads(header, object_pairs_hook=list)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} must be a whole safetensors file; got {type(error).__name__}: {error}. Fetch "
+            f"the file again."
+        ) from None
+    return [name for name, _ in pairs if name != "__metadata__"]
+
+
 def read_headers(files: list[Path]) -> dict[str, TensorHeader]:
     """Name, dtype and shape of every tensor; no data is read.
 
     Raises:
-        CheckpointError: a file is truncated or is not a safetensors file.
+        CheckpointError: a file is truncated or is not a safetensors file, or two hold the same
+            tensor.
     """
     headers: dict[str, TensorHeader] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    if name in headers:
+                        tensor_files(files)  # which says where else it is
                     part = opened.get_slice(name)
                     headers[name] = TensorHeader(part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError, ValueError) as error:

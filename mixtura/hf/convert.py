@@ -18,6 +18,7 @@ from mixtura.hf.adopt import layer_index
 from mixtura.hf.attention import use_attention
 from mixtura.hf.blocks import BlockOptions, BlockPlan, FamilyMoE, block_spec, plan_block
 from mixtura.hf.experts import ExpertsPlan, FamilyExperts, plan_experts
+from mixtura.hf.linears import set_activation_dtype
 from mixtura.kernels import get_kernel
 from mixtura.layer import FusedMoE
 from mixtura.plugin import NAME
@@ -74,8 +75,8 @@ def convert(
         gate: of blocks taken over whole, "fp32", or "native" for each family's own arithmetic.
         deterministic: bitwise the same row whatever else is in the batch.
         max_rows_per_pass: bound on the tokens that go through such a block at a time.
-        activation_dtype: "int8" or "bf16", the arithmetic with quantized experts; None leaves it to
-            the kernel.
+        activation_dtype: "int8" or "bf16", the arithmetic with quantized experts and packed linear
+            layers; None leaves it to the kernel.
         debug: check logits and ids on every call.
 
     Returns:
@@ -113,6 +114,7 @@ def convert(
     if experts:
         _pin(model.get_submodule(name) for name in reasons)
         model.set_experts_implementation(NAME)
+    set_activation_dtype(model, options.experts.activation_dtype)
     use_attention(model)
     if left is not None:
         warnings.warn(left, UnconvertedLayerWarning, stacklevel=2)

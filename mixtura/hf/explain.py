@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixtura.config import (
+    ExpertsConfig,
     GatePrecision,
     RoutingConfig,
     RunnerConfig,
@@ -21,149 +22,38 @@ from mixtura.config import (
 from mixtura.errors import ConfigError, UnsupportedModel
 from mixtura.experts import ExpertsOptions
 from mixtura.experts.words import activation_in_words
-from mixtura.hf.adopt import layer_index
+from mixtura.hf.adopt import get_attribute, layer_index
 from mixtura.hf.blocks import BlockOptions, BlockPlan
 from mixtura.hf.convert import check_left, config_owners, plan_layers, survey
 from mixtura.hf.experts import ExpertsPlan
-from mixtura.hf.headers import StoredModel, local_headers, match_headers, stored_dtype
-from mixtura.hf.load import empty_model, load_config
+from mixtura.hf.explanation import (
+    LAYER_NUMBER,
+    ExpertsExplanation,
+    LayerExplanation,
+    ModelExplanation,
+    numbered,
+)
+from mixtura.hf.gguf_checkpoint import is_gguf
+from mixtura.hf.headers import (
+    StoredModel,
+    local_directory,
+    local_headers,
+    match_headers,
+    stored_dtype,
+)
+from mixtura.hf.load import empty_model, find_packed, load_config, packed_dtype
+from mixtura.hf.load_checks import check_no_formats
 from mixtura.hf.loader import MATRICES, LoadFormats
-from mixtura.kernels import Rejection, get_kernel
+from mixtura.hf.outline import Outline, formats_in_words
+from mixtura.hf.packed_load import PackedLoad
+from mixtura.hf.stored import StoredCheckpoint
+from mixtura.kernels import get_kernel
+from mixtura.kernels.cpu.linear import cannot_pack
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.scheme import QuantizedMatrix
 from mixtura.routing.families import TOP_K, read
 from mixtura.routing.words import in_words
 from mixtura.types import ExpertWeights
-
-LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A module path's first part that is a number."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsExplanation:
-    """The experts of one layer, and what runs them.
-
-    Attributes:
-        num_experts: E. num_no_compute: choices without arithmetic beside them.
-        top_k: K, or None where only the family's own router knows it.
-        hidden_size: H. intermediate_size: I of one expert. shared_size: I of the shared experts.
-        activation: what an expert computes between its projections.
-        layout: how gate and up are stored.
-        dtype: of the weights when they run, or their format where one was asked for.
-        stored_dtype: in the files, where these are here.
-        routing: the rule in words.
-        is_router_ours: whether mixtura routes, or the family's own router.
-        kernel: what runs the experts. rejections: the other kernels, each with its reason.
-        kernel_path: how that kernel runs them on this machine, where it has a choice.
-        is_fallback: a kernel that is preferred on this device cannot run them.
-        num_bytes: of the experts' weights.
-        bytes_per_token: weights that a token reads at most: K experts and, where the whole block is
-            ours, gate and shared experts; None where K is not known.
-    """
-
-    num_experts: int
-    num_no_compute: int
-    top_k: int | None
-    hidden_size: int
-    intermediate_size: int
-    shared_size: int | None
-    activation: str
-    layout: str
-    dtype: str
-    stored_dtype: str | None
-    routing: str
-    is_router_ours: bool
-    kernel: str
-    kernel_path: str | None
-    rejections: tuple[Rejection, ...]
-    is_fallback: bool
-    num_bytes: int
-    bytes_per_token: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerExplanation:
-    """One MoE layer of a model.
-
-    Attributes:
-        name: the module's path.
-        kind: "block" (gate, router, experts and shared experts are ours), "experts" (only the
-            experts are), or "none".
-        reason: why it is not ours, or not wholly.
-        experts: what runs; None where the layer is not ours.
-    """
-
-    name: str
-    kind: str
-    reason: str | None
-    experts: ExpertsExplanation | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerGroup:
-    """MoE layers that are alike but for their place.
-
-    Attributes:
-        names: their module paths.
-        label: what they are called together: "layers 3-60".
-        layer: what holds for each of them.
-    """
-
-    names: tuple[str, ...]
-    label: str
-    layer: LayerExplanation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelExplanation:
-    """What would run where.
-
-    Attributes:
-        model_type, architecture: the family, and the class that is built.
-        device: where it would run. dtype: of the weights, unless a layer says otherwise.
-        gate: the arithmetic of the routers that are ours.
-        layers: the MoE layers, in order.
-        dense: label of the layers beside them that have no experts, or None.
-        num_bytes: of all weights.
-        bytes_per_token: weights that a token reads at most; the input embedding, of which it reads
-            a row, is left out. None where a layer's is not known.
-        num_stored: tensors in the files that were compared; 0 where there are no files.
-        unused: tensors of the files that the model has no place for.
-    """
-
-    model_type: str
-    architecture: str
-    device: str
-    dtype: str
-    gate: str
-    layers: tuple[LayerExplanation, ...]
-    dense: str | None
-    num_bytes: int
-    bytes_per_token: int | None
-    num_stored: int
-    unused: tuple[str, ...]
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of all experts' weights."""
-        return sum(layer.experts.num_bytes for layer in self.layers if layer.experts is not None)
-
-    @property
-    def groups(self) -> tuple[LayerGroup, ...]:
-        """The layers, those that are alike together."""
-        alike: dict[LayerExplanation, list[str]] = {}
-        for layer in self.layers:
-            pattern = LAYER_NUMBER.sub("*", layer.name, count=1)
-            alike.setdefault(replace(layer, name=pattern), []).append(layer.name)
-        has_one_pattern = len({layer.name for layer in alike}) == 1
-        return tuple(
-            LayerGroup(
-                names=tuple(names),
-                label=_label(names, None if has_one_pattern else layer.name),
-                layer=replace(layer, name=names[0]),
-            )
-            for layer, names in alike.items()
-        )
 
 
 def explain(
@@ -199,13 +89,18 @@ def explain(
         get_kernel(kernel)
     where = device_type(device)
     format = LoadFormats.parse(weights, None).weights
-    config = load_config(model)
-    headers = local_headers(model)
-    if dtype is None and config.dtype is None and headers:
-        dtype = stored_dtype(headers)
+    config, checkpoint = _quantized(model)
+    if checkpoint is None:
+        config, headers = load_config(model), local_headers(model)
+        if dtype is None and config.dtype is None and headers:
+            dtype = stored_dtype(headers)
+    else:
+        check_no_formats(checkpoint, format)
+        headers, dtype = dict(checkpoint.headers), dtype or packed_dtype(config)
     empty = empty_model(config, dtype)
     _keep_in_fp32(empty)
-    stored = match_headers(empty, headers) if headers else StoredModel({}, ())
+    load = None if checkpoint is None else PackedLoad(empty, Outline(checkpoint))
+    stored = _stored(empty, headers, load)
     options = BlockOptions(
         experts=ExpertsOptions(kernel=kernel, strict=strict, deterministic=deterministic),
         runner=RunnerConfig(),
@@ -216,7 +111,7 @@ def explain(
     kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
     found = survey(empty, kinds, reasons)
     check_left(empty, found, strict=strict)
-    reader = _Reader(empty, where, stored, format)
+    reader = _Reader(empty, where, stored, format, load)
     layers = []
     for layer in found:
         part = None
@@ -237,9 +132,26 @@ def explain(
         dense=_dense(empty, [layer.name for layer in layers]),
         num_bytes=_num_bytes(empty) - reader.saved_bytes,
         bytes_per_token=_bytes_per_token(empty, layers, reader.saved_bytes),
-        num_stored=len(headers),
+        num_stored=len(headers) if checkpoint is None else len(checkpoint.tensors),
         unused=stored.unused,
+        checkpoint=None if checkpoint is None else checkpoint.family,
+        num_packed_linears=reader.num_packed_linears,
     )
+
+
+def _quantized(model: str | Path) -> tuple[Any, StoredCheckpoint | None]:
+    """Configuration and weights of a quantized checkpoint that is here, else nothing."""
+    where = model if is_gguf(model) else local_directory(model)
+    found = None if where is None else find_packed(where)
+    return (None, None) if found is None else found
+
+
+def _stored(
+    empty: PreTrainedModel, headers: dict[str, Any], load: PackedLoad | None
+) -> StoredModel:
+    if load is not None:
+        return load.stored
+    return match_headers(empty, headers) if headers else StoredModel({}, ())
 
 
 def device_type(name: str) -> str:
@@ -269,7 +181,8 @@ class _Reader:
     """Reads layers of a model on the meta device, for one device.
 
     Attributes:
-        saved_bytes: by how much the weight format makes the experts read so far smaller.
+        saved_bytes: by how much the formats make the experts read so far, and packed linear
+            layers, smaller.
     """
 
     def __init__(
@@ -278,13 +191,25 @@ class _Reader:
         device: str,
         stored: StoredModel,
         format: WeightFormat | None,
+        load: PackedLoad | None = None,
     ) -> None:
         self.model = model
         self.device = device
         self.stored = stored
         self.format = format
+        self.load = load
         self.owners = config_owners(model)
-        self.saved_bytes = 0
+        self.saved_bytes = self.num_packed_linears = 0
+        if load is not None:
+            self._linears(load)
+
+    def _linears(self, load: PackedLoad) -> None:
+        for path, name in load.linears.items():
+            matrix = load.linear_matrix(name)
+            if cannot_pack(matrix.scheme) is None:
+                weight: Tensor = get_attribute(self.model, f"{path}.weight")
+                self.saved_bytes += weight.nbytes - matrix.num_bytes
+                self.num_packed_linears += 1
 
     def block(self, name: str, plan: BlockPlan) -> ExpertsExplanation:
         """A block that is taken over whole."""
@@ -318,15 +243,22 @@ class _Reader:
         shared: SharedExpertsConfig | None,
         words: str,
     ) -> ExpertsExplanation:
-        config = plan.config
         num_bytes = stored_bytes = _stored_bytes(plan)
-        if self.format is not None:
+        words_of_format = self.format.value if self.format else None
+        packed = None if self.load is None else self.load.experts.get(name)
+        if self.load is not None and packed is not None:
+            config, matrices = self.load.matrices(packed, self.model.dtype)
+            weights = _with_matrices(plan, config, matrices)
+            num_bytes, words_of_format = weights.num_bytes, formats_in_words(matrices)
+            plan = replace(plan, config=config, given=weights, row_dtype=self.model.dtype)
+        elif self.format is not None:
             weights = _in_format(plan.weights(), self.format)
             # A dense format is the parameters' dtype, rows that are no experts included.
             is_packed = self.format.scheme.is_quantized
             num_bytes = weights.num_bytes if is_packed else _stored_bytes(plan, self.format)
             plan = replace(plan, given=weights, row_dtype=self.model.dtype)
         self.saved_bytes += stored_bytes - num_bytes
+        config = plan.config
         decision = plan.decide(self.device)
         weights = plan.weights()
         norm = weights.post_norm.nbytes if weights.post_norm is not None else 0
@@ -342,14 +274,15 @@ class _Reader:
             shared_size=shared.intermediate_size if shared is not None else None,
             activation=activation_in_words(config.activation, config),
             layout=config.gate_up.value,
-            dtype=self.format.value if self.format else _name(decision.problem.weight_dtype),
-            stored_dtype=_name(kept) if kept is not None else None,
+            dtype=words_of_format or _name(decision.problem.weight_dtype),
+            stored_dtype=_name(kept) if kept is not None and packed is None else None,
             routing=words,
             is_router_ours=False,
             kernel=decision.kernel.name,
             kernel_path=decision.kernel.how(decision.problem),
             rejections=decision.rejections,
             is_fallback=decision.is_fallback,
+            asked=None if self.load is None else self.load.ledger.asked(name),
             num_bytes=num_bytes,
             bytes_per_token=(
                 norm + per_expert * min(top_k, config.num_experts) if top_k is not None else None
@@ -363,6 +296,18 @@ class _Reader:
         except ConfigError:
             return None
         return found if isinstance(found, int) else None
+
+
+def _with_matrices(
+    plan: ExpertsPlan, config: ExpertsConfig, matrices: dict[str, QuantizedMatrix]
+) -> ExpertWeights:
+    """The experts with packed matrices, their biases and norm as the module has them."""
+    parts = {
+        role: stored.logical(stored.read(plan.module))
+        for role, stored in plan.storage.items()
+        if role not in MATRICES
+    }
+    return ExpertWeights(config, **matrices, **parts)  # type: ignore[arg-type]
 
 
 def _stored_bytes(plan: ExpertsPlan, format: WeightFormat | None = None) -> int:
@@ -442,30 +387,3 @@ def _dense(model: nn.Module, names: list[str]) -> str | None:
         if missing:
             return numbered(missing)
     return None
-
-
-def _label(names: list[str], pattern: str | None) -> str:
-    """What layers are called together; their path too, where there is more than one kind."""
-    found = [LAYER_NUMBER.search(name) for name in names]
-    numbers = {int(match.group()) for match in found if match is not None}
-    if not numbers:
-        return names[0]
-    label = numbered(numbers)
-    return label if pattern is None else f"{label} ({pattern})"
-
-
-def numbered(numbers: set[int]) -> str:
-    """Layers by their numbers, consecutive ones as a range.
-
-    Example:
-        >>> numbered({0, 3, 4, 5, 9})
-        'layers 0, 3-5, 9'
-    """
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    found = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"layer {found}" if len(numbers) == 1 else f"layers {found}"

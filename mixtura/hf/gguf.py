@@ -24,7 +24,7 @@ from mixtura.errors import CheckpointError
 from mixtura.hf.checkpoint import TensorHeader
 from mixtura.hf.gguf_config import config_arguments
 from mixtura.hf.gguf_tensors import DenseTensor, dense_tensors, layer_rules
-from mixtura.quant.codecs.contract import Decoded, Header
+from mixtura.quant.codecs.contract import Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.gguf import DENSE_TYPES, Gguf, is_weight_type, read_weight
 from mixtura.quant.gguf_file import GgufFile, GgufTensor, open_gguf
 from mixtura.quant.scheme import dequantize
@@ -51,23 +51,37 @@ class GgufModel:
     config: Any
     dense: Mapping[str, DenseTensor]
 
-    def matrix(self, stored: str) -> Decoded:
+    def matrix(self, stored: str, expert: int | None = None) -> Decoded:
         """A stored matrix (N, K) or stack (E, N, K), packed as it is in the file.
+
+        Args:
+            stored: its name. expert: the one matrix of a stack to read; None for all.
 
         Raises:
             CheckpointError: it is broken.
             KeyError: there is no such tensor.
         """
+        parts = self._parts(stored)
+        if expert is not None:
+            blocks = parts.pop("blocks")[expert]
+            scales = {name: part[expert : expert + 1] for name, part in parts.items()}
+            parts = {"blocks": blocks, **scales}
+        return self.format_of(stored)[0].read(stored, parts)
+
+    def format_of(self, stored: str) -> tuple[MatrixFormat, tuple[str, ...]]:
+        """How a stored matrix lies in the file, and its parts."""
+        headers = {name: Header.of(part) for name, part in self._parts(stored).items()}
+        format = Gguf(self.file.tensors[stored].type).format_of(stored, headers)
+        assert format is not None
+        return format, tuple(headers)
+
+    def _parts(self, stored: str) -> dict[str, Tensor]:
         parts = {"blocks": self.file.tensors[stored].blocks}
         for part in ("scale", "input_scale"):
             companion = self.file.tensors.get(f"{stored.removesuffix('.weight')}.{part}")
             if companion is not None:
                 parts[part] = read_weight(companion.type, companion.blocks)
-        codec = Gguf(self.file.tensors[stored].type)
-        headers = {name: Header.of(part) for name, part in parts.items()}
-        format = codec.format_of(stored, headers)
-        assert format is not None
-        return format.read(stored, parts)
+        return parts
 
     def values(self, stored: str) -> Tensor:
         """A stored tensor of any number of dims as plain numbers, fp32 where it is packed.

@@ -23,11 +23,13 @@ from mixtura.errors import CheckpointError, UnsupportedModel
 EXPERT = "*"
 """What stands for the number of an expert in a dense name: there is one tensor for each."""
 
-_LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
+LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
+"""A stored tensor of a layer: its number, and the name in it."""
+
 _NOT_NEEDED = ("rope_freqs.weight", "attn_rot_embd.weight")
 """Tables that a model computes from its configuration."""
 
-_COMPANIONS = (".scale", ".input_scale")
+COMPANIONS = (".scale", ".input_scale")
 """Ends of tensors that belong to the weight of the same name."""
 
 
@@ -344,7 +346,7 @@ def dense_tensors(
     """
     by_layer: dict[int | None, set[str]] = {None: set()}
     for name in names:
-        found = _LAYER.match(name)
+        found = LAYER.match(name)
         layer = None if found is None else int(found[1])
         by_layer.setdefault(layer, set()).add(name if found is None else found[2])
     made: dict[str, DenseTensor] = {}
@@ -389,7 +391,7 @@ def _apply_rule(rule: Rule, layer: int | None, stored: set[str]) -> DenseTensor 
 
 def _check_used(layer: int | None, stored: set[str], used: set[str]) -> None:
     weights = {name.removesuffix(".weight") for name in used if name.endswith(".weight")}
-    known = {weight + end for weight in weights for end in _COMPANIONS}
+    known = {weight + end for weight in weights for end in COMPANIONS}
     unknown = sorted(stored - used - known - set(_NOT_NEEDED))
     if unknown:
         prefix = "" if layer is None else f"blk.{layer}."

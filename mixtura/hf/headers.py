@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 
 from mixtura.errors import CheckpointError
 from mixtura.hf.checkpoint import TensorHeader, checkpoint_files, read_headers
+from mixtura.hf.exclusions import exclusion_rule
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,25 +35,37 @@ DTYPES = {
 """Stored dtypes that a weight can be loaded from, as safetensors spells them."""
 
 
-def local_headers(model: str | Path) -> dict[str, TensorHeader]:
-    """The headers of a model's files, in its directory or the hub's cache; none without files.
+EACH = "*"
+"""Stands for the number of an expert in the patterns of Transformers' conversions."""
+
+
+def local_directory(model: str | Path) -> Path | None:
+    """Where a model's files are, a directory or one of the hub's cache; None without all of them.
 
     Raises:
-        CheckpointError: in a directory some files are missing, or one is broken.
+        CheckpointError: in a directory some files are missing.
     """
     directory = Path(model)
     is_cached = not directory.is_dir()
     if is_cached:
         config = try_to_load_from_cache(str(model), "config.json")
         if not isinstance(config, str):
-            return {}
+            return None
         directory = Path(config).parent
     present = {file.name for file in directory.glob("*.safetensors")}
-    if not present:
-        return {}
-    if is_cached and not _is_complete(directory, present):
-        return {}
-    return read_headers(checkpoint_files(directory))
+    if not present or (is_cached and not _is_complete(directory, present)):
+        return None
+    return directory
+
+
+def local_headers(model: str | Path) -> dict[str, TensorHeader]:
+    """The headers of a model's files, in its directory or the hub's cache; none without files.
+
+    Raises:
+        CheckpointError: in a directory some files are missing, or one is broken.
+    """
+    directory = local_directory(model)
+    return {} if directory is None else read_headers(checkpoint_files(directory))
 
 
 def _is_complete(directory: Path, present: set[str]) -> bool:
@@ -70,6 +83,7 @@ class StoredModel:
     Attributes:
         dtypes: the stored dtype of every tensor of the model that is filled, by its name there.
         unused: tensors of the checkpoint that the model has no place for.
+        excluded: those that it needs none for, each with the rule that says so.
         sources: the stored tensors that each of the model's is made of: a list for each pattern of
             the conversion that merges them, or the one that it is, under None.
     """
@@ -77,6 +91,7 @@ class StoredModel:
     dtypes: Mapping[str, torch.dtype]
     unused: tuple[str, ...]
     sources: Mapping[str, Mapping[str | None, list[str]]] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)
 
 
 def stored_dtype(headers: Mapping[str, TensorHeader]) -> torch.dtype | None:
@@ -94,7 +109,7 @@ def match_headers(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -
 
     Raises:
         CheckpointError: a tensor has another shape than the configuration gives, or a dtype that
-            is no plain number, or is missing.
+            is no plain number, or is missing or there twice; or experts are not numbered 0, 1, ...
     """
     places = Places(model)
     state = places.state
@@ -102,26 +117,34 @@ def match_headers(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -
     merged: dict[str, dict[str | None, list[str]]] = {}
     found: dict[str, Mapping[str | None, list[str]]] = {}
     unused: list[str] = []
+    excluded: dict[str, str] = {}
     for name in sorted(headers, key=dot_natural_key):
         target, pattern = places.find(name)
         if target not in state:
-            unused.append(name)
+            rule = exclusion_rule(name, model)
+            if rule is None:
+                unused.append(name)
+            else:
+                excluded[name] = rule
         elif pattern is not None:
             merged.setdefault(target, {}).setdefault(pattern, []).append(name)
         else:
             _check_shape(name, headers[name].shape, target, state[target])
+            _check_first(name, target, found)
             dtypes[target] = _dtype_of(headers, [name], state[target])
             found[target] = {None: [name]}
     for target, sources in merged.items():
         names = [name for group in sources.values() for name in group]
+        _check_numbers(target, sources)
         for filled, shape in places.merge(target, sources, headers):
             if filled in state:
+                _check_first(names[0], filled, found)
+                _check_count(target, sources, shape, state[filled])
                 _check_shape(_some(names), shape, filled, state[filled])
                 dtypes[filled] = _dtype_of(headers, names, state[filled])
                 found[filled] = dict(sources)
     _check_missing(model, state.keys() - dtypes.keys(), dtypes.keys())
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    return StoredModel(dtypes, tuple(n for n in unused if not _matches(n, ignored)), found)
+    return StoredModel(dtypes, tuple(unused), found, excluded)
 
 
 class Places:
@@ -151,6 +174,10 @@ class Places:
         """Name and shape of what stored tensors become together."""
         for names in sources.values():
             _check_alike(names, headers, target)
+        # A gate and its up: their sum would fit whatever the sizes.
+        firsts = [names[0] for pattern, names in sources.items() if EACH in pattern]
+        if firsts:
+            _check_alike(firsts, headers, target)
         empty = {
             name: torch.empty(headers[name].shape, device="meta")
             for names in sources.values()
@@ -174,10 +201,12 @@ class Places:
             made = converter.convert(target, model=self.model, config=self.model.config)
         except Exception as error:  # whatever a family's operation stumbles over
             names = [name for group in sources.values() for name in group]
+            patterns = self.converter_of[next(iter(sources))].source_patterns
+            lacking = [pattern for pattern in patterns if pattern not in sources]
+            got = f"no {lacking[0]}" if lacking else f"{type(error).__name__}: {_line(error)}"
             raise CheckpointError(
-                f"{_some(names)} must fit together as {target}; got {type(error).__name__}: "
-                f"{str(error).splitlines()[0]}. Fetch config.json and the weights again, both of "
-                f"one model."
+                f"{_some(names)} must fit together as {target}; got {got}. Fetch config.json and "
+                f"the weights again, both of one model."
             ) from None
         return {
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
@@ -193,6 +222,68 @@ def _check_alike(names: list[str], headers: Mapping[str, TensorHeader], target: 
         raise CheckpointError(
             f"{odd} ({headers[odd].shape}) must have the shape of the others that make up "
             f"{target}; got {usual} there. Fetch the weights again."
+        )
+
+
+def _number(name: str) -> int | None:
+    """The expert whose tensor it is, by the number behind "experts"; None where there is none."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if "expert" in part), len(parts))
+    return next((int(part) for part in reversed(parts[first:]) if part.isdecimal()), None)
+
+
+def _check_numbers(target: str, sources: Mapping[Any, list[str]]) -> None:
+    """Raise `CheckpointError` naming the first of numbered tensors that is missing or there twice.
+
+    Experts are merged in the order of their numbers, so a gap would move those that follow.
+    """
+    numbered = {p: [_number(n) for n in names] for p, names in sources.items() if EACH in p}
+    if any(None in found for found in numbered.values()):
+        return  # stacks
+    for pattern, found in numbered.items():
+        twice = next((n for n, number in enumerate(found) if number in found[:n]), None)
+        if twice is not None:
+            first = sources[pattern][found.index(found[twice])]
+            raise CheckpointError(
+                f"{first} must be the only tensor of its kind in {target}; got "
+                f"{sources[pattern][twice]} too. Fetch the weights again."
+            )
+        wanted = max(len(other) for other in numbered.values())
+        missing = next((n for n in range(wanted) if n not in found), None)
+        if missing is None:
+            continue
+        like = sources[pattern][-1].split(".")
+        place = max(index for index, part in enumerate(like) if part.isdecimal())
+        name = ".".join([*like[:place], str(missing), *like[place + 1 :]])
+        last = max(sources.values(), key=len)[-1]
+        raise CheckpointError(
+            f"{name} must be there beside {last}, as {target} is made of {wanted} of each kind; "
+            f"got none. Fetch config.json and the weights again, both of one model."
+        )
+
+
+def _check_count(
+    target: str, sources: Mapping[Any, list[str]], shape: tuple[int, ...], needed: Tensor
+) -> None:
+    """Raise `CheckpointError` where experts' tensors are fewer or more than config.json gives."""
+    names = max(sources.values(), key=len)
+    is_list = EACH in next(iter(sources)) and len(shape) == 3 and shape[0] == len(names)
+    if is_list and shape[1:] == tuple(needed.shape[1:]) and shape[0] != needed.shape[0]:
+        last = names[min(needed.shape[0], len(names) - 1)]
+        raise CheckpointError(
+            f"{last} must be of one of the {needed.shape[0]} experts that config.json gives, all "
+            f"of them there; got {len(names)} for {target}. Fetch config.json and the weights "
+            f"again, both of one model."
+        )
+
+
+def _check_first(name: str, target: str, found: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where a tensor of the model has been filled before."""
+    if target in found:
+        first = next(iter(found[target].values()))[0]
+        raise CheckpointError(
+            f"{name} must be the only tensor that fills {target}; got {first} too. Fetch the "
+            f"weights again."
         )
 
 
@@ -240,3 +331,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

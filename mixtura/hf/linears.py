@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mixtura.config import ActivationDtype
 from mixtura.errors import GradientUnsupported, InputError, UnsupportedModel
 from mixtura.hf.adopt import adopt_class, offloads
 from mixtura.kernels.cpu.linear import CpuLinear, cannot_pack, pack_linear
@@ -51,6 +52,7 @@ class PackedLinear(nn.Module):
     given: QuantizedMatrix | None
     packed: CpuLinear | None
     row_dtype: torch.dtype
+    activation_dtype: ActivationDtype | None
 
     @property
     def matrix(self) -> QuantizedMatrix:
@@ -101,7 +103,7 @@ class PackedLinear(nn.Module):
             return None  # the first call is made outside of a graph
         with _PACKING:
             if self.given is not None:
-                packed = pack_linear(self.given)
+                packed = pack_linear(self.given, activation_dtype=self.activation_dtype)
                 self.packed, self.given = packed, None
         return self.packed
 
@@ -214,3 +216,13 @@ def adopt_linear(module: nn.Module, matrix: QuantizedMatrix, row_dtype: torch.dt
     ours.given = matrix
     ours.packed = None
     ours.row_dtype = row_dtype
+    ours.activation_dtype = None
+
+
+def set_activation_dtype(model: nn.Module, activation_dtype: ActivationDtype | None) -> None:
+    """Choose the arithmetic of every packed linear layer; one that has been packed is again."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and module.activation_dtype is not activation_dtype:
+            with _PACKING:
+                module.given, module.packed = module.matrix, None
+                module.activation_dtype = activation_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ from transformers import (
 from mixtura.config import GatePrecision
 from mixtura.errors import CheckpointError, ConfigError, InputError, UnsupportedModel
 from mixtura.hf.blocks import block_spec
-from mixtura.hf.checkpoint import checkpoint_files, read_headers, read_json
+from mixtura.hf.checkpoint import read_json
 from mixtura.hf.convert import convert, is_decorated
 from mixtura.hf.gguf import load_gguf_tokenizer, read_gguf
+from mixtura.hf.gguf_checkpoint import GgufCheckpoint, is_gguf
+from mixtura.hf.ledger import CheckpointWarning, WeightLedger
+from mixtura.hf.load_checks import check_arguments, check_complete, check_no_formats
 from mixtura.hf.loader import LoadFormats, LoadStopped, Stream, StreamConfig, plan_load
 from mixtura.hf.packed_load import PackedLoad
 from mixtura.hf.stored import (
-    GgufCheckpoint,
+    DenseCheckpoint,
     SafetensorsCheckpoint,
     StoredCheckpoint,
-    is_gguf,
     quantization_config,
 )
 from mixtura.quant.formats import WeightFormat
@@ -113,17 +116,17 @@ def load_stock(
         return load_packed(*packed, formats, **transformers_arguments)
     config = load_config(model, **_config_arguments(transformers_arguments))
     empty = check_moe(config)
-    if Path(model).is_dir():
-        read_headers(checkpoint_files(Path(model)))
+    if Path(model).is_dir() and not transformers_arguments.get("key_mapping"):
+        warn_of(PackedLoad(empty, DenseCheckpoint(Path(model))).ledger)
     arguments = {"dtype": "auto", **transformers_arguments, "config": config}
     arguments["use_safetensors"] = True
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     build = model_class(config)
     if not formats:
         loaded, found = build.from_pretrained(model, **arguments)
-        _check_complete(model, found["missing_keys"], found["mismatched_keys"])
+        check_complete(model, found["missing_keys"], found["mismatched_keys"])
         return loaded.eval()
-    _check_arguments(transformers_arguments)
+    check_arguments(transformers_arguments)
     stream = Stream(plan_load(empty, formats))
     try:
         loaded, found = build.from_pretrained(
@@ -131,7 +134,7 @@ def load_stock(
         )
     except LoadStopped as stopped:
         raise stopped.error from None
-    _check_complete(model, found["missing_keys"], found["mismatched_keys"])
+    check_complete(model, found["missing_keys"], found["mismatched_keys"])
     stream.finish(loaded)
     return loaded.eval()
 
@@ -158,10 +161,7 @@ def find_packed(model: str | Path, **arguments: Any) -> tuple[Any, StoredCheckpo
         config = load_config(model, **arguments)
         if getattr(config, "quantization_config", None) is None:
             return None
-        names = ("revision", "token", "cache_dir", "local_files_only")
-        kept = {name: arguments[name] for name in names if name in arguments}
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        directory = Path(snapshot_download(str(model), allow_patterns=patterns, **kept))
+        directory = fetch(model, **arguments)
     settings = quantization_config(directory)
     if settings is None:
         return None
@@ -172,6 +172,33 @@ def find_packed(model: str | Path, **arguments: Any) -> tuple[Any, StoredCheckpo
     return config, SafetensorsCheckpoint(directory, settings)
 
 
+def fetch(model: str | Path, **arguments: Any) -> Path:
+    """The directory of a hub model's files, which are downloaded where they are not here."""
+    names = ("revision", "token", "cache_dir", "local_files_only")
+    kept = {name: arguments[name] for name in names if name in arguments}
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    return Path(snapshot_download(str(model), allow_patterns=patterns, **kept))
+
+
+def find_checkpoint(model: str | Path, **arguments: Any) -> tuple[Any, StoredCheckpoint]:
+    """The configuration and the weights of a checkpoint, quantized or not. As `find_packed`."""
+    found = find_packed(model, **arguments)
+    if found is not None:
+        return found
+    directory = Path(model) if Path(model).is_dir() else fetch(model, **arguments)
+    return load_config(model, **arguments), DenseCheckpoint(directory)
+
+
+def warn_of(ledger: WeightLedger) -> None:
+    """Tell what should be known of a load.
+
+    Warns:
+        CheckpointWarning: for each such thing.
+    """
+    for message in ledger.warnings():
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
+
+
 def load_packed(
     config: Any,
     checkpoint: StoredCheckpoint,
@@ -179,19 +206,16 @@ def load_packed(
     **transformers_arguments: Any,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint: experts and linear layers stay packed. As `load_stock` else."""
-    if formats:
-        raise InputError(
-            f"weights= and linears= must be left out for a quantized checkpoint; got one of "
-            f"{checkpoint.family}. Drop them, or load the original weights."
-        )
-    _check_arguments(transformers_arguments)
+    check_no_formats(checkpoint, formats)
+    check_arguments(transformers_arguments)
     empty = check_moe(config)
     load = PackedLoad(
         empty, checkpoint, packs_linears=transformers_arguments.get("device_map") is None
     )
+    warn_of(load.ledger)
     arguments = {"dtype": "auto", **transformers_arguments}
     if arguments["dtype"] == "auto":
-        arguments["dtype"] = _packed_dtype(config, checkpoint)
+        arguments["dtype"] = packed_dtype(config)
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "config": config}
     directory = checkpoint.files()[0].parent
     if (directory / "generation_config.json").is_file():
@@ -206,54 +230,18 @@ def load_packed(
     except LoadStopped as stopped:
         raise stopped.error from None
     missing = found["missing_keys"] - load.packed_targets
-    _check_complete(directory, missing, found["mismatched_keys"])
+    check_complete(directory, missing, found["mismatched_keys"])
     load.finish(loaded)
     return loaded.eval()
 
 
-def _packed_dtype(config: Any, checkpoint: StoredCheckpoint) -> torch.dtype:
-    """The dtype of a model beside its packed weights: as configured, else as its embedding has."""
+def packed_dtype(config: Any) -> torch.dtype:
+    """The dtype of a model beside its packed weights: as configured, else bfloat16."""
     for holder in (config, config.get_text_config()):
         found = getattr(holder, "dtype", None)
         if isinstance(found, torch.dtype):
             return found
     return torch.bfloat16
-
-
-NOT_WITH_FORMATS = ("quantization_config", "distributed_config", "tp_plan")
-"""Arguments of Transformers' `from_pretrained` that split or quantize weights in their own way."""
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    for name in NOT_WITH_FORMATS:
-        if arguments.get(name) is not None:
-            raise InputError(
-                f"{name} must not be given along with weights= or linears=; got both. Drop one of "
-                f"them."
-            )
-    places = arguments.get("device_map")
-    if isinstance(places, dict) and "disk" in places.values():
-        raise InputError(
-            "device_map must keep weights in memory along with weights= or linears=; got disk in "
-            "it. Leave device_map out: packed weights are small."
-        )
-
-
-def _check_complete(
-    model: str | Path, missing: set[str], mismatched: set[tuple[str, Any, Any]]
-) -> None:
-    """Raise `CheckpointError` where Transformers has left weights at random values."""
-    for name, stored, needed in sorted(mismatched, key=str):
-        raise CheckpointError(
-            f"{name} of {model} ({tuple(stored)}) must have the shape that config.json gives; got "
-            f"{tuple(needed)} from it. Fetch config.json and the weights again, both of one model."
-        )
-    if missing:
-        first, *others = sorted(missing)
-        raise CheckpointError(
-            f"the weights of {model} must hold every tensor of the model; got no {first}"
-            f"{f' and {len(others)} others not either' if others else ''}. Fetch the weights again."
-        )
 
 
 def load_config(model: str | Path, **arguments: Any) -> Any:

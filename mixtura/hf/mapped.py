@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+_MAPS = Path("/proc/self/maps")
 _SMAPS = Path("/proc/self/smaps")
 _HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)$")
 _CHANGED = re.compile(r"^Anonymous: +(\d+) kB$")
@@ -31,7 +32,7 @@ class MappedFiles:
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self._paths = {str(Path(path).resolve()) for path in paths}
-        self._others = set(self._unchanged())
+        self._others = set(self._mapped())
 
     def release(self) -> None:
         """Let go of the pages that are in memory; reading them again fetches them from the file.
@@ -44,6 +45,14 @@ class MappedFiles:
                 _libc().madvise(
                     ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
                 )
+
+    def _mapped(self) -> Iterator[Span]:
+        if not sys.platform.startswith("linux") or not _MAPS.exists():
+            return
+        for line in _MAPS.read_text(errors="surrogateescape").splitlines():
+            head = _HEAD.match(line)
+            if head is not None and head[3] in self._paths:
+                yield int(head[1], 16), int(head[2], 16)
 
     def _unchanged(self) -> Iterator[Span]:
         if not sys.platform.startswith("linux") or not _SMAPS.exists():

@@ -7,7 +7,9 @@ turn comes, and the experts follow a layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,24 +18,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixtura.config import GatePrecision, GateUp, RunnerConfig
-from mixtura.errors import CheckpointError
 from mixtura.experts import ExpertsOptions
 from mixtura.hf.adopt import get_attribute
 from mixtura.hf.blocks import BlockOptions
+from mixtura.hf.contents import check_contents
 from mixtura.hf.convert import plan_layers
 from mixtura.hf.experts import ExpertsPlan
 from mixtura.hf.headers import Places, StoredModel, match_headers
+from mixtura.hf.ledger import CheckpointWarning, Kept, Use, WeightLedger, build_ledger
 from mixtura.hf.linears import adopt_linear
 from mixtura.hf.loader import adopt_experts
-from mixtura.hf.mapped import MappedFiles
+from mixtura.hf.progress import read_progress
 from mixtura.hf.slots import Slots, find_slots
 from mixtura.hf.stored import StoredCheckpoint
 from mixtura.kernels.cpu.linear import cannot_pack
 from mixtura.quant.rows import concat_rows, has_own_rows, take_rows
 from mixtura.quant.scheme import QuantizedMatrix, dense, dequantize, stack_experts
-
-EXPERT_NAME = "expert"
-"""A tensor without a place in the model is refused where its name says it is an expert's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,10 @@ class PackedModule:
     """An experts module with packed matrices.
 
     Attributes:
-        plan: of the module as configured. slots: its matrices by role.
+        path: of the module. plan: of it as configured. slots: its matrices by role.
     """
 
+    path: str
     plan: ExpertsPlan
     slots: Mapping[str, Slots]
 
@@ -67,7 +68,6 @@ class PackedLoad:
     ) -> None:
         self.checkpoint = checkpoint
         self.stored: StoredModel = match_headers(empty, checkpoint.headers)
-        self._check_unused()
         blocks, alone, _ = plan_layers(
             empty,
             BlockOptions(
@@ -84,32 +84,34 @@ class PackedLoad:
         places = Places(empty)
         self.experts: dict[str, PackedModule] = {}
         for path, plan in plans.items():
+            if not self._is_packed(path, plan):
+                continue
             slots = find_slots(plan, path, self.stored.sources, checkpoint.headers, places)
-            if any(name in checkpoint.packed for s in slots.values() for name in s.all_names()):
-                self.experts[path] = PackedModule(plan, slots)
+            self.experts[path] = PackedModule(path, plan, slots)
         moe_layers = tuple(f"{name}." for name in (*blocks, *alone))
-        self.linears: dict[str, str] = {}
+        weights: dict[str, str] = {}
         for path, module in empty.named_modules():
             merged = self.stored.sources.get(f"{path}.weight", {})
-            name = merged[None][0] if None in merged else None
-            if (
-                packs_linears
-                and type(module) is nn.Linear
-                and name in checkpoint.packed
-                and not path.startswith(moe_layers)
-            ):
-                assert name is not None
-                self.linears[path] = name
+            if type(module) is nn.Linear and None in merged:
+                weights[path] = merged[None][0]
+        self.linears: dict[str, str] = {
+            path: name
+            for path, name in weights.items()
+            if packs_linears and name in checkpoint.packed and not path.startswith(moe_layers)
+        }
+        kept = {name for module in self.experts.values() for name in _names(module.slots.values())}
+        self.kept = Kept(plans, kept, set(self.linears.values()), set(weights.values()))
+        self.ledger: WeightLedger = build_ledger(checkpoint, self.stored, self.kept)
         self.open: dict[str, Any] = {}
-        self.files: MappedFiles | None = None
 
-    def _check_unused(self) -> None:
-        for name in self.stored.unused:
-            if EXPERT_NAME in name:
-                raise CheckpointError(
-                    f"{name} must have a place in the model that config.json describes; got none. "
-                    f"Fetch config.json and the weights again, both of one model."
-                )
+    def _is_packed(self, path: str, plan: ExpertsPlan) -> bool:
+        targets = (f"{path}.{stored.path}" for stored in plan.storage.values())
+        return any(
+            name in self.checkpoint.packed
+            for target in targets
+            for names in self.stored.sources.get(target, {}).values()
+            for name in names
+        )
 
     @property
     def packed_targets(self) -> set[str]:
@@ -121,18 +123,15 @@ class PackedLoad:
 
     def state_dict(self) -> dict[str, LazyTensor]:
         """What Transformers is to load, by the names of the checkpoint; nothing is read yet."""
-        kept = set(self.linears.values())
-        for module in self.experts.values():
-            kept |= {name for slots in module.slots.values() for name in slots.all_names()}
+        left = {*self.kept.experts, *self.kept.linears, *self.stored.unused, *self.stored.excluded}
         return {
             name: LazyTensor(self.checkpoint, name)
             for name in self.checkpoint.headers
-            if name not in kept and name not in self.stored.unused
+            if name not in left
         }
 
     def begin(self, model: PreTrainedModel, files: list[str] | None) -> None:
         """Take the memory of what stays packed from the model that is about to be filled."""
-        self.files = MappedFiles(self.checkpoint.files())
         for name in self.packed_targets:
             parameter: Any = get_attribute(model, name)
             parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -148,36 +147,46 @@ class PackedLoad:
         Raises:
             CheckpointError: the contents of a matrix are impossible.
         """
-        self._release()
-        for path, packed in self.experts.items():
-            module = model.get_submodule(path)
-            plan = replace(packed.plan, module=module)
-            config, matrices = self._matrices(packed, model.dtype)
-            adopt_experts(replace(plan, config=config), matrices, model.dtype)
-            self._release()
-        for path, name in self.linears.items():
-            linear: Any = model.get_submodule(path)
-            matrix = self._linear_matrix(name)
-            if cannot_pack(matrix.scheme) is not None:
-                weight = dequantize(matrix, model.dtype)
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-            else:
-                adopt_linear(linear, matrix, model.dtype)
-            self._release()
+        self.checkpoint.mapped.release()
+        packed = (Use.PACKED_EXPERT, Use.PACKED_LINEAR)
+        with read_progress("packed weights", self.ledger.num_bytes(*packed)) as on_bytes:
+            for module in self.experts.values():
+                self._adopt_experts(model, module)
+                on_bytes(self._num_bytes(_names(module.slots.values())))
+            for path, name in self.linears.items():
+                self._adopt_linear(model, path, name)
+                on_bytes(self._num_bytes([name]))
 
-    def _release(self) -> None:
-        if self.files is not None:
-            self.files.release()
+    def _adopt_experts(self, model: PreTrainedModel, packed: PackedModule) -> None:
+        plan = replace(packed.plan, module=model.get_submodule(packed.path))
+        config, matrices = self.matrices(packed, model.dtype)
+        adopt_experts(replace(plan, config=config), matrices, model.dtype)
+        self.checkpoint.mapped.release()
 
-    def _linear_matrix(self, name: str) -> QuantizedMatrix:
-        matrix, rows = self._checked(name), self.checkpoint.packed[name].rows
+    def _adopt_linear(self, model: PreTrainedModel, path: str, name: str) -> None:
+        linear: Any = model.get_submodule(path)
+        matrix = self.linear_matrix(name)
+        if cannot_pack(matrix.scheme) is not None:
+            weight = dequantize(matrix, model.dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            adopt_linear(linear, matrix, model.dtype)
+        self.checkpoint.mapped.release()
+
+    def _num_bytes(self, names: Iterable[str]) -> int:
+        packed = self.checkpoint.packed
+        return sum(packed[name].num_bytes for name in names if name in packed)
+
+    def linear_matrix(self, name: str) -> QuantizedMatrix:
+        """A packed matrix by its dense name, its rows in the order of the model."""
+        matrix, rows = self.checkpoint.matrix(name), self.checkpoint.packed[name].rows
         if rows is None:
             return matrix
         if has_own_rows(matrix.scheme):
             return take_rows(matrix, rows)
         return dense(dequantize(matrix)[rows])
 
-    def _matrices(
+    def matrices(
         self, packed: PackedModule, dtype: torch.dtype
     ) -> tuple[Any, dict[str, QuantizedMatrix]]:
         """The experts' configuration and matrices by role, gate and up apart where they are so."""
@@ -187,7 +196,7 @@ class PackedLoad:
                 found[role] = self._whole(slots.names[0][0], packed, role, dtype)
                 continue
             parts = [
-                self._stack([names[part] for names in slots.names], dtype)
+                self._stack(packed.path, [names[part] for names in slots.names], dtype)
                 for part in range(len(slots.names[0]))
             ]
             is_apart = (
@@ -214,12 +223,16 @@ class PackedLoad:
     ) -> QuantizedMatrix:
         """A stack that is stored as one."""
         if name in self.checkpoint.packed:
-            return self._checked(name)
+            return self.checkpoint.matrix(name)
         stored = packed.plan.storage[role]
-        return dense(stored.logical(self.checkpoint.plain(name)).to(dtype))
+        return dense(stored.logical(self._plain(name).values).to(dtype))
 
-    def _stack(self, names: list[str], dtype: torch.dtype) -> QuantizedMatrix:
-        """Matrices of all experts as a stack; dense where they are stored in several ways."""
+    def _stack(self, path: str, names: list[str], dtype: torch.dtype) -> QuantizedMatrix:
+        """Matrices of all experts as a stack; dense where they are stored in several ways.
+
+        Warns:
+            CheckpointWarning: they are; the message names the layer and the experts.
+        """
         whole = self._stored_stack(names)
         if whole is not None:
             return whole
@@ -229,6 +242,8 @@ class PackedLoad:
         kinds = {(m.scheme, tuple(tensor.dtype for tensor in m.tensors.values())) for m in matrices}
         if len(kinds) == 1 and matrices[0].is_quantized:
             return stack_experts(matrices, len(matrices))
+        if any(matrix.is_quantized for matrix in matrices):
+            _warn_mixed(path, names[0], [str(matrix.scheme) for matrix in matrices])
         return dense(torch.stack([dequantize(matrix, dtype) for matrix in matrices]))
 
     def _stored_stack(self, names: list[str]) -> QuantizedMatrix | None:
@@ -244,19 +259,18 @@ class PackedLoad:
         stack = self.checkpoint.decoded(first.stored).matrix
         if stack.shape[0] != len(names):
             return None
-        _check_contents(first.stored, stack)
+        check_contents(first.stored, stack)
         if first.rows is None:
             return stack
         return take_rows(stack, first.rows) if has_own_rows(stack.scheme) else None
 
     def _expert(self, name: str) -> QuantizedMatrix:
-        if name not in self.checkpoint.packed:
-            return dense(self.checkpoint.plain(name))
-        return self._linear_matrix(name)
+        return self.linear_matrix(name) if name in self.checkpoint.packed else self._plain(name)
 
-    def _checked(self, name: str) -> QuantizedMatrix:
-        matrix = self.checkpoint.matrix(name)
-        _check_contents(name, matrix)
+    def _plain(self, name: str) -> QuantizedMatrix:
+        """An expert's matrix, or a stack, that is dense in the file among packed ones."""
+        matrix = dense(self.checkpoint.plain(name))
+        check_contents(name, matrix)
         return matrix
 
 
@@ -295,23 +309,19 @@ def _with_permutation(matrix: QuantizedMatrix) -> QuantizedMatrix:
     return replace(matrix, scheme=scheme, permutation=order)
 
 
-def _check_contents(name: str, matrix: QuantizedMatrix) -> None:
-    """Raise `CheckpointError` for a matrix, or one of a stack, that holds no weights.
+def _names(slots: Iterable[Slots]) -> list[str]:
+    return [name for one in slots for name in one.all_names()]
 
-    Codes that are all alike, or scales that are all zero, are what a damaged file looks like.
-    """
-    experts: Iterator[QuantizedMatrix] = iter(
-        [matrix.expert(n) for n in range(matrix.shape[0])] if matrix.is_stack else [matrix]
+
+def _warn_mixed(path: str, first: str, schemes: list[str]) -> None:
+    """Say which experts are stored in another way than most."""
+    usual = Counter(schemes).most_common(1)[0][0]
+    odd = [number for number, scheme in enumerate(schemes) if scheme != usual]
+    ways = " or ".join(f"'{way}'" for way in dict.fromkeys(schemes[number] for number in odd))
+    shown = ", ".join(map(str, odd[:8])) + (", ..." if len(odd) > 8 else "")
+    warnings.warn(
+        f"experts {shown} of {path} ({first.removesuffix('.weight').rpartition('.')[2]}) are "
+        f"stored as {ways} and the others as '{usual}': all of them are made dense",
+        CheckpointWarning,
+        stacklevel=2,
     )
-    for number, one in enumerate(experts):
-        place = f"expert {number} of {name}" if matrix.is_stack else name
-        if one.is_quantized and one.values.numel() > 1 and one.values.min() == one.values.max():
-            raise CheckpointError(
-                f"{place} ({one.scheme}) must hold weights; got the same code everywhere. Fetch "
-                f"the weights again."
-            )
-        if one.scales is not None and not one.scales.float().any():
-            raise CheckpointError(
-                f"{place} ({one.scheme}) must have scales that are not zero; got none. Fetch the "
-                f"weights again."
-            )

@@ -8,9 +8,8 @@ asked for.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +20,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
-from mixtura.hf.checkpoint import TensorHeader, checkpoint_files, read_headers, read_json
-from mixtura.hf.gguf import GgufModel, read_gguf
-from mixtura.hf.gguf_tensors import DenseTensor
+from mixtura.hf.checkpoint import (
+    TensorHeader,
+    checkpoint_files,
+    read_headers,
+    read_json,
+    tensor_files,
+)
+from mixtura.hf.contents import check_contents
+from mixtura.hf.mapped import MappedFiles
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.registry import codec_for
 from mixtura.quant.scheme import QuantizedMatrix, dequantize
@@ -61,14 +66,33 @@ class Packed:
         expert: which of the stack; None for all of what is stored.
         rows: the stored row that each row is; None for all, in order.
         num_bytes: of all parts, shares of a stack.
-        label: how it is stored, in a few words.
+        format: how it is stored. parts: the parts that it is stored in.
+        label: the same in a few words.
     """
 
     stored: str
     expert: int | None
     rows: Tensor | None
     num_bytes: int
+    format: MatrixFormat
+    parts: tuple[str, ...]
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file, as it is called there.
+
+    Attributes:
+        num_bytes: in the file. dtype: as the file calls it.
+        names: the dense names that it is (part of); none where no matrix is made of it.
+        part: which part of a matrix it is; None where it is no packed matrix's.
+    """
+
+    num_bytes: int
+    dtype: str
+    names: tuple[str, ...]
+    part: str | None = None
 
 
 class StoredCheckpoint(ABC):
@@ -77,11 +101,15 @@ class StoredCheckpoint(ABC):
     Attributes:
         family: what its format is called.
         headers: of all tensors by dense name. packed: those that are packed matrices.
+        tensors: of the files, by the names that they have there.
+        mapped: the mappings of the files; pages that have been read can be given back.
     """
 
     family: str
     headers: Mapping[str, TensorHeader]
     packed: Mapping[str, Packed]
+    tensors: Mapping[str, StoredTensor]
+    mapped: MappedFiles
 
     @abstractmethod
     def decoded(self, stored: str) -> Decoded:
@@ -99,9 +127,23 @@ class StoredCheckpoint(ABC):
     def files(self) -> list[Path]:
         """The files that are mapped."""
 
-    @abstractmethod
+    def expects(self, name: str) -> bool | None:
+        """Whether the configuration says that a matrix is packed; None where it says nothing."""
+        return None
+
     def disagreements(self) -> Iterator[str]:
-        """Where the configuration says otherwise than the files, in words."""
+        """Packed matrices that the configuration says are not, in words."""
+        for name in self.packed:
+            if self.expects(name) is False:
+                yield f"{name} is quantized, and the configuration says that it is not"
+
+    def matrices(self, stored: str) -> Iterator[QuantizedMatrix]:
+        """What is stored as one, a matrix (N, K) at a time where it is a stack in a GGUF file.
+
+        Raises:
+            CheckpointError: the contents of one are impossible.
+        """
+        yield self.decoded(stored).matrix
 
     def matrix(self, name: str) -> QuantizedMatrix:
         """A packed matrix (N, K) by its dense name, or a stack (E, N, K) where it is one.
@@ -111,7 +153,9 @@ class StoredCheckpoint(ABC):
         """
         packed = self.packed[name]
         whole = self.decoded(packed.stored).matrix
-        return whole if packed.expert is None else whole.expert(packed.expert)
+        found = whole if packed.expert is None else whole.expert(packed.expert)
+        check_contents(name, found)
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """Any tensor by its dense name, dequantized where it is packed, in fp32 then."""
@@ -147,7 +191,8 @@ class SafetensorsCheckpoint(StoredCheckpoint):
         self.codec: Codec = codec_for(config)
         self.family = self.codec.name
         self._files = checkpoint_files(directory)
-        self._where = _owners(self._files)
+        self.mapped = MappedFiles(self._files)
+        self._where = tensor_files(self._files)
         stored = read_headers(self._files)
         groups: dict[str, dict[str, str]] = {}
         headers: dict[str, TensorHeader] = {}
@@ -159,17 +204,27 @@ class SafetensorsCheckpoint(StoredCheckpoint):
                 groups.setdefault(found[0], {})[found[1]] = tensor
         self._entries: dict[str, _Entry] = {}
         packed: dict[str, Packed] = {}
+        tensors: dict[str, StoredTensor] = {}
         for name, parts in groups.items():
             entry = self._entry(name, parts, stored)
             if entry is None:
                 headers |= {tensor: stored[tensor] for tensor in parts.values()}
                 continue
             self._entries[name] = entry
+            if name in headers:
+                raise CheckpointError(
+                    f"{name} must be stored once; got a tensor of that name, and the parts "
+                    f"{', '.join(parts.values())}. Fetch the weights again."
+                )
             headers[name] = TensorHeader(DENSE_DTYPE, entry.shape)
-            num_bytes = sum(_num_bytes(stored[tensor]) for tensor in parts.values())
-            label = str(getattr(entry.format, "label", type(entry.format).__name__))
-            packed[name] = Packed(name, None, None, num_bytes, label)
+            for part, tensor in parts.items():
+                size = num_bytes(stored[tensor])
+                tensors[tensor] = StoredTensor(size, stored[tensor].dtype, (name,), part)
+            size = sum(tensors[tensor].num_bytes for tensor in parts.values())
+            label = entry.format.label
+            packed[name] = Packed(name, None, None, size, entry.format, tuple(parts), label)
         self.headers, self.packed = headers, packed
+        self.tensors = tensors | _dense_tensors(stored, headers.keys() - packed.keys())
 
     def _entry(
         self, name: str, parts: Mapping[str, str], stored: Mapping[str, TensorHeader]
@@ -213,7 +268,11 @@ class SafetensorsCheckpoint(StoredCheckpoint):
     def decoded(self, stored: str) -> Decoded:
         entry = self._entries[stored]
         tensors = {part: self._read(tensor) for part, tensor in entry.parts.items()}
-        return entry.format.read(stored, tensors, entry.shape)
+        decoded = entry.format.read(stored, tensors, entry.shape)
+        fault = entry.format.contradiction(tensors)
+        if fault is not None:
+            raise CheckpointError(f"{stored}: {fault}")
+        return decoded
 
     def plain(self, name: str) -> Tensor:
         return self._read(name)
@@ -221,108 +280,53 @@ class SafetensorsCheckpoint(StoredCheckpoint):
     def files(self) -> list[Path]:
         return self._files
 
-    def disagreements(self) -> Iterator[str]:
-        for name, header in self.headers.items():
-            if len(header.shape) < 2 or not name.endswith(".weight"):
-                continue
-            if name in self.packed and not self.codec.expects(name):
-                yield f"{name} is quantized, and the configuration says that it is not"
+    def expects(self, name: str) -> bool | None:
+        return self.codec.expects(name)
 
 
-class GgufCheckpoint(StoredCheckpoint):
-    """A GGUF file, or the first of a split one.
+class DenseCheckpoint(StoredCheckpoint):
+    """Safetensors files of an unquantized model.
 
     Raises:
-        CheckpointError: the file is broken.
-        UnsupportedModel: its architecture is not known.
+        CheckpointError: files are missing or broken, or two hold the same tensor.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.family = "GGUF"
-        self.model: GgufModel = read_gguf(path)
-        self._path = path
-        self._dense: dict[str, tuple[DenseTensor, int | None]] = {}
-        headers = self.model.headers()
-        packed: dict[str, Packed] = {}
-        for dense in self.model.dense.values():
-            names = _expert_names(dense, headers) if dense.is_stack else [dense.name]
-            for number, name in enumerate(names):
-                self._dense[name] = (dense, number if dense.is_stack else None)
-                found = self._packed(dense, number, len(names))
-                if found is not None:
-                    packed[name] = found
-        self.headers, self.packed = headers, packed
-        self._decoded: tuple[str, Decoded] | None = None
-
-    def _packed(self, dense: DenseTensor, number: int, count: int) -> Packed | None:
-        if len(dense.stored) != 1:
-            return None
-        stored = dense.stored[0]
-        tensor = self.model.file.tensors[stored]
-        if len(tensor.shape) < 2 or tensor.type.name in ("F32", "F16", "BF16", "F64"):
-            return None
-        num_rows = tensor.shape[-2]
-        rows = dense.change.rows(num_rows)
-        if rows is None:
-            return None
-        if torch.equal(rows, torch.arange(num_rows)):
-            rows = None
-        expert = number if dense.is_stack else None
-        num_bytes = tensor.blocks.numel() // count
-        return Packed(stored, expert, rows, num_bytes, tensor.type.name)
+    def __init__(self, directory: Path) -> None:
+        self.family = "unquantized"
+        self._files = checkpoint_files(directory)
+        self.mapped = MappedFiles(self._files)
+        self._where = tensor_files(self._files)
+        self.headers, self.packed = read_headers(self._files), {}
+        self.tensors = _dense_tensors(self.headers, self.headers.keys())
 
     def decoded(self, stored: str) -> Decoded:
-        # Experts of a stack are asked for one after the other.
-        if self._decoded is None or self._decoded[0] != stored:
-            self._decoded = (stored, self.model.matrix(stored))
-        return self._decoded[1]
+        raise KeyError(stored)  # none is packed
 
     def plain(self, name: str) -> Tensor:
-        dense, number = self._dense[name]
-        made = dense.make([self.model.values(stored) for stored in dense.stored])
-        return made if number is None else made[number]
+        with safe_open(self._where[name], framework="pt") as opened:
+            value: Tensor = opened.get_tensor(name)
+        return value
 
     def files(self) -> list[Path]:
-        return [self._path]
-
-    def disagreements(self) -> Iterator[str]:
-        return iter(())
+        return self._files
 
 
-def _expert_names(dense: DenseTensor, headers: Mapping[str, TensorHeader]) -> list[str]:
-    names: list[str] = []
-    while dense.expert(len(names)) in headers:
-        names.append(dense.expert(len(names)))
-    return names
+def num_bytes(header: TensorHeader) -> int:
+    """What a tensor takes in a file."""
+    itemsize = STORED_DTYPES[header.dtype].itemsize if header.dtype in STORED_DTYPES else 1
+    return torch.Size(header.shape).numel() * itemsize
 
 
-def _num_bytes(header: TensorHeader) -> int:
-    return torch.Size(header.shape).numel() * STORED_DTYPES[header.dtype].itemsize
-
-
-def _owners(files: list[Path]) -> dict[str, Path]:
-    """The file of every tensor.
-
-    Raises:
-        CheckpointError: two files hold a tensor of the same name.
-    """
-    found: dict[str, Path] = {}
-    for file in files:
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = opened.read(min(size, file.stat().st_size))
-        try:
-            names = [name for name in json.loads(header) if name != "__metadata__"]
-        except ValueError:
-            continue  # `read_headers` says what is wrong with it
-        for name in names:
-            if name in found:
-                raise CheckpointError(
-                    f"{name} must be in one file; got {found[name].name} and {file.name}. Fetch "
-                    f"the weights again, into an empty directory."
-                )
-            found[name] = file
-    return found
+def _dense_tensors(
+    headers: Mapping[str, TensorHeader], names: Iterable[str]
+) -> dict[str, StoredTensor]:
+    """Tensors that are no parts of packed matrices."""
+    kept = set(names)
+    return {
+        name: StoredTensor(num_bytes(headers[name]), headers[name].dtype, (name,))
+        for name in headers
+        if name in kept
+    }
 
 
 def quantization_config(directory: Path) -> dict[str, Any] | None:
@@ -336,8 +340,3 @@ def quantization_config(directory: Path) -> dict[str, Any] | None:
         if (directory / name).is_file():
             return read_json(directory / name)
     return None
-
-
-def is_gguf(model: str | Path) -> bool:
-    """Whether a path is a GGUF file, by its name."""
-    return str(model).endswith(".gguf")

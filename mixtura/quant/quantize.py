@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ _SMALLEST_SCALE = {
 _E4M3_MAX = 448.0
 _FLOAT32_BIAS = 127
 _FLOAT32_MANTISSA_BITS = 23
+
+
+class Grids(NamedTuple):
+    """What the codes of a matrix (N, K) are multiplied by: its scales and zero points."""
+
+    scales: Tensor
+    zero_points: Tensor | None = None
+    global_scale: Tensor | None = None
 
 
 def quantize(weight: Tensor, format: WeightFormat | QuantScheme) -> QuantizedMatrix:
@@ -80,10 +89,10 @@ def quantize(weight: Tensor, format: WeightFormat | QuantScheme) -> QuantizedMat
     ([[72, 143]], [[1.0]])
     """
     scheme = format.scheme if isinstance(format, WeightFormat) else format
-    _check_weight(weight)
+    check_weight(weight)
     if not scheme.is_quantized:
         return _convert(weight, scheme)
-    _check_scheme(scheme)
+    check_scheme(scheme)
     if weight.dim() == 2:
         return _quantize_matrix(weight, scheme, where="")
     experts = (
@@ -93,7 +102,8 @@ def quantize(weight: Tensor, format: WeightFormat | QuantScheme) -> QuantizedMat
     return stack_experts(experts, len(weight))
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Raise `InputError` for a weight of a shape or dtype that cannot be quantized."""
     if weight.dtype not in DENSE_DTYPES:
         raise InputError(
             f"weight (dtype {weight.dtype}) must be float64, float32, float16 or bfloat16; "
@@ -107,7 +117,8 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
-def _check_scheme(scheme: QuantScheme) -> None:
+def check_scheme(scheme: QuantScheme) -> None:
+    """Raise `ConfigError` for a scheme that `quantize` cannot write."""
     plain_scale = scheme.scale_dtype in (torch.float32, torch.bfloat16, torch.float16)
     is_nvfp4_like = scheme.scale_dtype is torch.float8_e4m3fn
     if scheme.code is Code.CODEBOOK:
@@ -130,7 +141,8 @@ def _check_scheme(scheme: QuantScheme) -> None:
     )
 
 
-def _check_finite(matrix: Tensor, where: str) -> None:
+def check_finite(matrix: Tensor, where: str) -> None:
+    """Raise `InputError` for an element of a matrix (N, K) that is not finite."""
     is_finite = torch.isfinite(matrix)
     if not is_finite.all():
         row, column = (~is_finite).nonzero()[0].tolist()
@@ -145,20 +157,28 @@ def _convert(weight: Tensor, scheme: QuantScheme) -> QuantizedMatrix:
     experts = converted.detach().reshape(-1, *converted.shape[-2:])
     for index, expert in enumerate(experts):
         where = f"expert {index}, " if weight.dim() == 3 else ""
-        _check_finite(expert, where)
+        check_finite(expert, where)
     return dense(converted)
 
 
 def _quantize_matrix(weight: Tensor, scheme: QuantScheme, where: str) -> QuantizedMatrix:
-    shape = tuple(weight.shape)
     weight = weight.detach().float()
-    _check_finite(weight, where)
-    zero_points = global_scale = None
-    if scheme.zero_point is ZeroPoint.INTEGER:
-        scales, zero_points = _asymmetric_grids(weight, scheme)
-    else:
-        scales, global_scale = _symmetric_grids(weight, scheme)
+    check_finite(weight, where)
+    return round_to(weight, scheme, nearest_grids(weight, scheme))
 
+
+def nearest_grids(weight: Tensor, scheme: QuantScheme) -> Grids:
+    """The scales and zero points that `quantize` rounds a finite fp32 matrix (N, K) with."""
+    if scheme.zero_point is ZeroPoint.INTEGER:
+        return Grids(*_asymmetric_grids(weight, scheme))
+    scales, global_scale = _symmetric_grids(weight, scheme)
+    return Grids(scales, None, global_scale)
+
+
+def round_to(weight: Tensor, scheme: QuantScheme, grids: Grids) -> QuantizedMatrix:
+    """A finite fp32 matrix (N, K) with the codes that are nearest to it under given grids."""
+    shape = tuple(weight.shape)
+    scales, zero_points, global_scale = grids
     step = scales.float() if global_scale is None else scales.float() * global_scale
     group_size = scheme.group_size(shape)
     ratio = weight / expand_groups(step, group_size, shape)
@@ -174,7 +194,7 @@ def _quantize_matrix(weight: Tensor, scheme: QuantScheme, where: str) -> Quantiz
     return QuantizedMatrix(scheme, shape, values, scales, zero_points, global_scale)
 
 
-def _reduce_groups(weight: Tensor, scheme: QuantScheme, reduce: Callable[..., Tensor]) -> Tensor:
+def reduce_groups(weight: Tensor, scheme: QuantScheme, reduce: Callable[..., Tensor]) -> Tensor:
     """`(N, K)` to one value per group `(GN, GK)`; partial groups are filled up with zeros."""
     group_rows, group_columns = scheme.group_size(tuple(weight.shape))
     num_rows, num_columns = weight.shape
@@ -189,23 +209,23 @@ def _reduce_groups(weight: Tensor, scheme: QuantScheme, reduce: Callable[..., Te
 
 def _symmetric_grids(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
     assert scheme.scale_dtype is not None
-    amax = _reduce_groups(weight.abs(), scheme, torch.amax)
+    amax = reduce_groups(weight.abs(), scheme, torch.amax)
     if scheme.scale_dtype is torch.float8_e8m0fnu:
         return _e8m0_scales(amax, scheme), None
     top = scheme.max_level if scheme.code.is_float else 2 ** (scheme.bits - 1) - 1
     if scheme.scale_dtype is torch.float8_e4m3fn:
-        global_scale = _round_scales(amax.amax() / (top * _E4M3_MAX), torch.float32)
-        return _round_scales(amax / top / global_scale, torch.float8_e4m3fn), global_scale
-    return _round_scales(amax / top, scheme.scale_dtype), None
+        global_scale = round_scales(amax.amax() / (top * _E4M3_MAX), torch.float32)
+        return round_scales(amax / top / global_scale, torch.float8_e4m3fn), global_scale
+    return round_scales(amax / top, scheme.scale_dtype), None
 
 
 def _asymmetric_grids(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     assert scheme.scale_dtype is not None
     top = 2**scheme.bits - 1
-    low = _reduce_groups(weight, scheme, torch.amin).clamp(max=0)
-    high = _reduce_groups(weight, scheme, torch.amax).clamp(min=0)
+    low = reduce_groups(weight, scheme, torch.amin).clamp(max=0)
+    high = reduce_groups(weight, scheme, torch.amax).clamp(min=0)
     exact = high / top - low / top  # high - low could overflow
-    scales = _round_scales(exact, scheme.scale_dtype)
+    scales = round_scales(exact, scheme.scale_dtype)
     # Up, so that the codes reach both ends. The next value above a positive float is its bits + 1.
     bits = scales.view(torch.int32 if scales.itemsize == 4 else torch.int16)
     scales = (bits + (scales.float() < exact)).view(scales.dtype)
@@ -213,7 +233,12 @@ def _asymmetric_grids(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tens
     return scales, zeros.to(torch.uint8)
 
 
-def _round_scales(exact: Tensor, dtype: torch.dtype) -> Tensor:
+def round_scales(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positive scales in their dtype, none below the smallest; not for e8m0.
+
+    Raises:
+        InputError: a scale is too large for fp16.
+    """
     largest = torch.finfo(dtype).max
     if dtype is torch.float16 and exact.max() > largest:
         raise InputError(
@@ -234,14 +259,37 @@ def _e8m0_scales(amax: Tensor, scheme: QuantScheme) -> Tensor:
 def _nearest_float_codes(ratio: Tensor, scheme: QuantScheme) -> Tensor:
     """Codes of the nearest levels, ties to the even code, saturating; the sign bit on top."""
     mantissa_bits = scheme.code.mantissa_bits
-    min_exponent = 2 - 2 ** (scheme.code.exponent_bits - 1)
     magnitude = ratio.abs().clamp_(max=scheme.max_level)
-    exponent = (magnitude.view(torch.int32) >> _FLOAT32_MANTISSA_BITS) - _FLOAT32_BIAS
-    exponent.clamp_(min=min_exponent)
-    # Levels of one exponent are 2 ** (exponent - mantissa_bits) apart; a power of two is its bits.
-    inverse_spacing = (mantissa_bits - exponent + _FLOAT32_BIAS) << _FLOAT32_MANTISSA_BITS
-    mantissa = (magnitude * inverse_spacing.view(torch.float32)).round_().to(torch.int32)
-    codes = ((exponent - min_exponent) << mantissa_bits) + mantissa
+    exponent = _level_exponents(magnitude, scheme)
+    mantissa = (magnitude * _power_of_two(mantissa_bits - exponent)).round_().to(torch.int32)
+    codes = ((exponent - _min_exponent(scheme)) << mantissa_bits) + mantissa
     sign = ratio.signbit().to(torch.int32) << (scheme.bits - 1)
     signed: Tensor = sign + codes
     return signed
+
+
+def nearest_levels(ratio: Tensor, scheme: QuantScheme) -> Tensor:
+    """The levels, less a zero point MID, of the codes that `round_to` gives to `weight / step`."""
+    if not scheme.code.is_float:
+        top = 2 ** (scheme.bits - 1) - 1
+        return ratio.round().clamp_(-top, top)
+    magnitude = ratio.abs().clamp_(max=scheme.max_level)
+    # Levels of one exponent are 2 ** (exponent - mantissa_bits) apart.
+    shift = scheme.code.mantissa_bits - _level_exponents(magnitude, scheme)
+    levels = magnitude.mul_(_power_of_two(shift)).round_().mul_(_power_of_two(-shift))
+    return levels.copysign_(ratio)
+
+
+def _level_exponents(magnitude: Tensor, scheme: QuantScheme) -> Tensor:
+    """int32 exponents of the largest powers of two in magnitudes; that of subnormal levels."""
+    exponent = (magnitude.view(torch.int32) >> _FLOAT32_MANTISSA_BITS) - _FLOAT32_BIAS
+    return exponent.clamp_(min=_min_exponent(scheme))
+
+
+def _min_exponent(scheme: QuantScheme) -> int:
+    return int(2 - 2 ** (scheme.code.exponent_bits - 1))
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 ** exponent in fp32: a power of two is its bits."""
+    return ((exponent + _FLOAT32_BIAS) << _FLOAT32_MANTISSA_BITS).view(torch.float32)

@@ -150,6 +150,14 @@ class MatrixFormat(ABC):
         """
         return None
 
+    def contradiction(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What a part that means nothing says against the configuration, as an error would; or
+        None.
+
+        `decode` does not ask: a file is written back as it was.
+        """
+        return None
+
     def read(
         self, name: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None
     ) -> Decoded:

@@ -58,6 +58,7 @@ class GptqFormat(MatrixFormat):
         bits: of a code. group_size: columns that share a scale; None is all.
         is_symmetric: zero points are `2 ** (bits - 1)` and `qzeros` means nothing.
         zero_offset: added to what `qzeros` holds.
+        needs_groups: whether columns are said to be ordered, so that `g_idx` must be there.
     """
 
     bits: int
@@ -65,6 +66,7 @@ class GptqFormat(MatrixFormat):
     is_symmetric: bool
     zero_offset: int
     activations: ActivationScheme | None = None
+    needs_groups: bool = False
 
     def shape_of(
         self, headers: Mapping[str, Header], shape: tuple[int, ...] | None
@@ -81,7 +83,7 @@ class GptqFormat(MatrixFormat):
             "qweight": Part((torch.int32,), (row_words, num_rows)),
             "qzeros": Part((torch.int32,), (num_groups, zero_words)),
             "scales": Part(SCALE_FLOATS, (num_groups, num_rows)),
-            "g_idx": Part((torch.int32,), (num_columns,), is_optional=True),
+            "g_idx": Part((torch.int32,), (num_columns,), is_optional=not self.needs_groups),
         }
 
     def decode(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Decoded:
@@ -110,6 +112,18 @@ class GptqFormat(MatrixFormat):
             permutation=permutation,
         )
         return Decoded(matrix, kept=kept)
+
+    def contradiction(self, tensors: Mapping[str, Tensor]) -> str | None:
+        words = tensors["qzeros"]
+        stored = unpack_codes(bytes_of(words), tensors["qweight"].shape[1], self.bits)
+        low, high = int(stored.min()), int(stored.max())
+        if not self.is_symmetric or low == high:
+            return None
+        return (
+            f"qzeros ({low}..{high}) must hold one number, as sym in the configuration says that "
+            f"the codes are symmetric; got several. Fetch the configuration and the weights again, "
+            f"both of one model."
+        )
 
     def encode(self, decoded: Decoded) -> dict[str, Tensor]:
         matrix, kept = decoded.matrix, decoded.kept
@@ -232,6 +246,7 @@ class Gptq(Codec):
             group_size=read_group_size(config, "group_size"),
             is_symmetric=read_choice(config, "sym", choices=(True, False), default=False),
             zero_offset=_ZERO_OFFSETS[version],
+            needs_groups=config.get("desc_act") is True,
         )
         rules = read_setting(config, "dynamic") or {}
         if not isinstance(rules, Mapping):
