@@ -76,6 +76,36 @@ template <> struct Raw<Arithmetic::BF16> {
 };
 #endif
 
+FN F total(F sum) { return sum; }
+
+#if defined(MIXTURA_TILES)
+// Pairs of bf16 in the order in which a tile adds them up: in every 16 words the first of all pairs and
+// the second of all pairs apart, then both, then to the total; denormals are zeros (`NoDenormals`).
+struct TileOrder {
+  struct Acc { F even, odd; };
+  static constexpr Arithmetic ARITHMETIC = Arithmetic::BF16;
+  static constexpr int SUBS = 1;
+  static FN V decode(V raw, int) { return raw; }
+  static FN F first(V pairs) { return as_float(i_shl<16>(pairs)); }
+  static FN F second(V pairs) { return as_float(i_and(pairs, i_set((int32_t)0xffff0000))); }
+  static FN Acc dot(Acc acc, V w, V x) {
+    return {f_fma(first(w), first(x), acc.even), f_fma(second(w), second(x), acc.odd)};
+  }
+};
+
+FN F total(TileOrder::Acc sum) { return f_add(sum.even, sum.odd); }
+
+// Denormals count as zeros while one of these lives, as in tiles.
+class NoDenormals {
+ public:
+  NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~NoDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
+#endif
+
 template <Code C> struct Int8 : Raw<Arithmetic::INT8> {
   static constexpr int SUBS = C == Code::U8 ? 1 : 2;
   static FN V decode(V raw, int sub) {
@@ -181,7 +211,7 @@ FN void add_group(F (&acc)[MR][NR], const typename Op::Acc (&t)[MR][NR],
     for (int n = 0; n < NR; ++n) {
       F sum;
       if constexpr (is_int) sum = to_float(t[m][n]);
-      else sum = t[m][n];
+      else sum = total(t[m][n]);
       if (is_int && has_zeros && !k.zeros_are_minima) sum = f_nfma(zero[n], correction, sum);
       F factor = row_scale;
       if (has_scales) factor = is_int ? f_mul(scale[n], row_scale) : scale[n];
@@ -225,7 +255,7 @@ template <class Op, int MR, int NR, bool GROUPED, Mode MODE> void block(const Bl
           if constexpr (Op::ARITHMETIC == Arithmetic::INT8)
             t[m][n] = first_sum(k, x[m], group);
           else
-            t[m][n] = f_zero();
+            t[m][n] = typename Op::Acc{};
         }
       }
       run_words<Op, MR, NR, MODE>(t, x, k, word, end);
@@ -272,6 +302,18 @@ template <class Op, bool GROUPED, Mode MODE> constexpr Blocks make_blocks() {
 
 template <class Op, bool GROUPED, Mode MODE>
 constexpr Blocks kBlocks = make_blocks<Op, GROUPED, MODE>();
+
+#if defined(MIXTURA_TILES)
+constexpr int kTileOrderRows = 2;  // of an expert at most: one pass over a quad; measured, 2 to 8
+
+constexpr Blocks kTileOrderBlocks = [] {
+  Blocks blocks{};
+  blocks.wide[0] = blocks.narrow[0] = &block<TileOrder, 1, kQuad, true, Mode::STREAM>;
+  blocks.wide[1] = blocks.narrow[1] = &block<TileOrder, 2, kQuad, true, Mode::STREAM>;
+  blocks.panels[0] = blocks.panels[1] = kQuad;
+  return blocks;
+}();
+#endif
 
 // Blocks that read codes straight from memory; null where there are none, and codes are unpacked.
 static const Blocks* streaming_blocks(const Matrix& m) {

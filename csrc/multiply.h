@@ -67,6 +67,14 @@ static void multiply(const Matrix& m, int64_t expert, int64_t first_panel, int64
   k.c_stride = c_stride;
 
 #if defined(MIXTURA_TILES)
+  if (m.arithmetic == Arithmetic::BF16 && m.code == Code::BF16 && num_rows <= kTileOrderRows) {
+    const NoDenormals none;
+    k.first_word = 0;
+    k.last_word = m.num_words;
+    k.group_words = kTileWords;
+    run_stream(kTileOrderBlocks, num_rows, m, expert, first_panel, num_panels, k);
+    return;
+  }
   if (uses_tiles(m, num_rows)) {
     const auto run = m.arithmetic == Arithmetic::INT8 ? &multiply_tiles<Arithmetic::INT8, true>
                      : m.is_grouped                   ? &multiply_tiles<Arithmetic::BF16, true>
