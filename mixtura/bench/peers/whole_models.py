@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from mixtura.bench.generation import GenerateOnce, Run, generate_once, major_fau
 from mixtura.bench.peers.transformers_experts import IMPLEMENTATIONS
 from mixtura.errors import ConfigError, InputError, MissingDependency
 from mixtura.hf.load import load_stock
+from mixtura.kernels.cpu.extension import cpu_flags, missing
 
 SPARE_POSITIONS = 8
 """Beyond the prompt and the new tokens."""
@@ -65,15 +68,40 @@ def load_llama_cpp(path: str, num_tokens: int) -> tuple[GenerateOnce, int]:
             f"--gguf."
         )
     threads = torch.get_num_threads()
-    model = library.Llama(
-        path,
-        n_ctx=num_tokens + SPARE_POSITIONS,
-        n_threads=threads,
-        n_threads_batch=threads,
-        use_mmap=False,
-        verbose=False,
-    )
+    with _without_tiles(library):
+        model = library.Llama(
+            path,
+            n_ctx=num_tokens + SPARE_POSITIONS,
+            n_threads=threads,
+            n_threads_batch=threads,
+            use_mmap=False,
+            verbose=False,
+        )
     return partial(_run_llama_cpp, library, model), int(model.n_vocab())
+
+
+@contextmanager
+def _without_tiles(library: Any) -> Iterator[None]:
+    """Keep llama.cpp from its kernels for AMX, whose threads use tiles that they have not shaped.
+
+    Seen with 0.3.36 on an Emerald Rapids: an illegal instruction (tilezero) at the first token.
+    Its repacked weights go the same way and are left out with them.
+    """
+    if missing() is not None or "amx_tile" not in cpu_flags():
+        yield
+        return
+    stock = library.llama_model_default_params
+
+    def plain() -> Any:
+        params = stock()
+        params.use_extra_bufts = False
+        return params
+
+    library.llama_cpp.llama_model_default_params = plain
+    try:
+        yield
+    finally:
+        library.llama_cpp.llama_model_default_params = stock
 
 
 def _run_llama_cpp(library: Any, model: Any, prompt: Tensor, num_new_tokens: int) -> Run:
