@@ -87,10 +87,10 @@ def _without_tiles(library: Any) -> Iterator[None]:
     Seen with 0.3.36 on an Emerald Rapids: an illegal instruction (tilezero) at the first token.
     Its repacked weights go the same way and are left out with them.
     """
-    if missing() is not None or "amx_tile" not in cpu_flags():
+    stock = getattr(library, "llama_model_default_params", None)
+    if stock is None or missing() is not None or "amx_tile" not in cpu_flags():
         yield
         return
-    stock = library.llama_model_default_params
 
     def plain() -> Any:
         params = stock()
