@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -37,11 +38,13 @@ from hypothesis import strategies as st
 from tolerances import frobenius_error, products_bound, relative_error
 from torch import Tensor
 
+from mixtura.bench.cases import Case, find_shape
+from mixtura.bench.weights import LayerWeights, random_batches
 from mixtura.config import ActivationDtype, ExpertsConfig, GateUp, WeightOn
 from mixtura.errors import ConfigError, GradientUnsupported, InputError, NoKernelFits
 from mixtura.experts import ExpertsOptions, RoutedExperts
 from mixtura.kernels import get_kernel, select_kernel
-from mixtura.kernels.cpu import CpuKernel, PackedLayer, pack_layer, run_packed, unpack_layer
+from mixtura.kernels.cpu import CpuKernel, PackedLayer, pack_layer, panels, run_packed, unpack_layer
 from mixtura.kernels.cpu.extension import (
     cpu_flags,
     current_path,
@@ -1218,3 +1221,26 @@ def test_weights_packed_for_bf16_do_not_run_where_there_is_none():
         packed = pack_layer(weights)
     with forced_path("portable"), pytest.raises(ValueError, match="must run on a path that has"):
         run(packed, random_batch(sizes(), 2, dtype=torch.bfloat16))
+
+
+def test_packed_weights_may_lie_in_mapped_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(shape=find_shape("tiny"), num_tokens=7, weights=WeightFormat.INT4_G32)
+    source = LayerWeights(case.shape, case.weights)
+    batch = random_batches(case, 1, seed=0)[0]
+    kernel = CpuKernel()
+    expected = kernel.run(kernel.pack(source.stacks(0)), batch)
+    count = 0
+
+    def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nonlocal count
+        count += 1
+        size = math.prod(shape)
+        (tmp_path / str(count)).write_bytes(bytes(size * dtype.itemsize))
+        return torch.from_file(str(tmp_path / str(count)), True, size, dtype=dtype).view(shape)
+
+    monkeypatch.setattr(panels, "allocate", mapped)
+    packed = kernel.pack(source.stacks(0))
+    assert count >= 4  # values and scales of two projections
+    assert torch.equal(kernel.run(packed, batch), expected)
