@@ -8,6 +8,7 @@
 #if defined(MIXTURA_TILES)
 namespace {
 
+constexpr int64_t kRowsBytes = 1 << 20;  // of rows that stay in the second-level cache: half of it
 constexpr int64_t kTileChunk = 128;  // words of a quad that stay in the first-level cache: 32 KiB
 static_assert(kQuad * kTileChunk * kWordBytes <= kUnpackedBytes, "a chunk is unpacked at once");
 static_assert(kTileRowChunk % kTileRows == 0, "the rows' buffer ends with a tile");
@@ -394,31 +395,39 @@ static void multiply_tiles(const Matrix& m, int64_t expert, int64_t first_panel,
   float* c = k.c;
   const int beside = unpacker.num_panels;
   unpacker.panel_stride = (GROUPED ? k.group_words : chunk) * kWordBytes;
-  for (int64_t panel = 0; panel < num_panels; panel += beside) {
-    const uint8_t* quad = panel_at(m, expert, first_panel + panel / kQuad * kQuad);
-    for (int64_t begin = 0; begin < num_words; begin += chunk) {
-      const int64_t end = begin + chunk < num_words ? begin + chunk : num_words;
-      TilePanels p{};
-      if (unpacks) {
-        unpacker.panels = quad + panel % kQuad * kWordBytes;
-        unpacker.zeros = k.zeros ? k.zeros + panel * k.zeros_stride : nullptr;
-        if (!GROUPED) unpacker.template run<A>(begin, end, scratch.unpacked);
-        p.values = scratch.unpacked;
-        p.word_stride = kWordBytes;
-        p.panel_stride = unpacker.panel_stride;
-      } else {
-        p.values = quad + panel % kQuad * kWordBytes + begin * kQuadBytes;
-        p.word_stride = kQuadBytes;
-        p.panel_stride = kWordBytes;
+  // Many long rows do not fit a cache: all panels go past a part of their words at a time.
+  const int64_t fit = kRowsBytes / 4 / t.padded() / chunk * chunk;
+  const int64_t part = is_short ? num_words : fit > chunk ? fit : chunk;
+  for (int64_t first = 0; first < num_words; first += part) {
+    for (int64_t panel = 0; panel < num_panels; panel += beside) {
+      const uint8_t* quad = panel_at(m, expert, first_panel + panel / kQuad * kQuad);
+      const int64_t last = first + part < num_words ? first + part : num_words;
+      for (int64_t begin = first; begin < last; begin += chunk) {
+        const int64_t end = begin + chunk < last ? begin + chunk : last;
+        TilePanels p{};
+        if (unpacks) {
+          unpacker.panels = quad + panel % kQuad * kWordBytes;
+          unpacker.zeros = k.zeros ? k.zeros + panel * k.zeros_stride : nullptr;
+          if (!GROUPED) unpacker.template run<A>(begin, end, scratch.unpacked);
+          p.values = scratch.unpacked;
+          p.word_stride = kWordBytes;
+          p.panel_stride = unpacker.panel_stride;
+        } else {
+          p.values = quad + panel % kQuad * kWordBytes + begin * kQuadBytes;
+          p.word_stride = kQuadBytes;
+          p.panel_stride = kWordBytes;
+        }
+        // The first tiles of rows fetch a share of the next quad: of this part of it.
+        const int64_t steps = (end - begin + t.depth - 1) / t.depth;
+        const int64_t lines = (last - first) / subs, share = (begin - first) / subs;
+        const int64_t line = is_alone ? share : (panel % kQuad * lines / 2 + share) / 2;
+        p.fetch = quad + quad_bytes + first / subs * kQuadBytes + line * kWordBytes;
+        p.fetch_lane = lines * kWordBytes;
+        p.fetch_lines = ((end - begin) / subs / (is_alone ? 1 : 2) + steps - 1) / steps;
+        k.accumulate = begin > 0;
+        for (int tile = 0; tile < t.num_tiles; tile += 2, p.fetch_lines = 0)
+          run(tile, begin / t.depth, end - begin, p, panel, c);
       }
-      // The first tiles of rows fetch a share of the next quad.
-      const int64_t steps = (end - begin + t.depth - 1) / t.depth;
-      p.fetch = quad + quad_bytes + (begin / subs + panel % kQuad / 2 * (m.num_words / 2)) * kWordBytes / (is_alone ? 1 : 2);
-      p.fetch_lane = m.num_words * kWordBytes;
-      p.fetch_lines = ((end - begin) / subs / (is_alone ? 1 : 2) + steps - 1) / steps;
-      k.accumulate = begin > 0;
-      for (int tile = 0; tile < t.num_tiles; tile += 2, p.fetch_lines = 0)
-        run(tile, begin / t.depth, end - begin, p, panel, c);
     }
   }
   release_tiles();
