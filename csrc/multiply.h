@@ -10,7 +10,7 @@ static int zero_of(Code code) {
 }
 
 // A few rows times all panels, straight from memory. One block of rows beside the four panels of a
-// quad reads them once, and a little ahead. More blocks, or blocks beside fewer panels, pass over the
+// quad reads them once, and fetches the next quad from four places. More blocks, or blocks beside fewer panels, pass over the
 // quad several times: each pass fetches its share of the next quad, which is in the cache by then.
 FN void run_stream(const Blocks& blocks, int num_rows, const Matrix& m, int64_t expert,
                    int64_t first_panel, int64_t num_panels, Block& k) {

@@ -21,7 +21,7 @@ constexpr int kQuadBytes = kQuad * kWordBytes;
 // Rows that a task multiplies before it goes on with the next ones, of blocks and of tiles.
 constexpr int kRowChunk = 96, kTileRowChunk = 256;
 
-// How a code becomes a level. The values are those of `CODES` in mixtura/kernels/cpu/matrix.py.
+// How a code becomes a level. The values are those of `_CODES` in mixtura/kernels/cpu/panels.py.
 enum class Code : int { F32, F16, BF16, U8, U4, E2M1, E4M3 };
 
 // The element type of scales and zero points.
