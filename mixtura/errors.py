@@ -26,6 +26,10 @@ class TraceError(MixturaError):
     """A routing trace file is missing, broken, or of another version."""
 
 
+class PlacementError(MixturaError):
+    """A placement's file is missing, broken, or of another version."""
+
+
 class UnsupportedModel(MixturaError):
     """A model has no MoE layer, or has one that mixtura cannot take over."""
 
@@ -40,3 +44,11 @@ class GradientUnsupported(MixturaError):
 
 class MissingDependency(MixturaError, ImportError):
     """An optional package is not installed, or not in a supported version."""
+
+
+class ParallelError(MixturaError):
+    """Ranks disagree about what they run, or a group of them cannot be formed."""
+
+
+class RankLost(ParallelError):
+    """A rank did not take part in an exchange: it is dead, stalled, or has left the group."""

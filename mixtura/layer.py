@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.config import MoEConfig, SharedExpertsOrder
-from mixtura.dispatch import Dispatcher, LocalDispatcher
+from mixtura.dispatch import Dispatcher, dispatcher_for
 from mixtura.errors import InputError
 from mixtura.experts import (
     ExpertsOptions,
@@ -19,10 +19,18 @@ from mixtura.experts import (
     check_rows,
 )
 from mixtura.kernels.reference.linear import linear_by_row
+from mixtura.parallel import Spread
 from mixtura.routing import CustomRouting, Router, RouterTensors, router_for
 from mixtura.routing.gate import Choice, Gate, GatePlan
 from mixtura.runner import LayerOutput, MoERunner, create_runner
-from mixtura.types import ExpertBatch, ExpertWeights, Routing, RoutingObserver, TokenInputs
+from mixtura.types import (
+    ExpertBatch,
+    ExpertWeights,
+    Routing,
+    RoutingObserver,
+    StepContext,
+    TokenInputs,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,7 @@ class LayerPlan:
     router: Router
     runner: MoERunner
     dispatcher: Dispatcher
+    spread: Spread | None = None
 
 
 class FusedMoE(nn.Module):
@@ -44,7 +53,8 @@ class FusedMoE(nn.Module):
         kernel: insist on an experts kernel by name.
         strict: an error where the device's preferred kernel cannot run.
         custom_routing: a function that chooses and weighs, instead of the configured pipeline.
-        dispatcher: where tokens meet their experts; on this rank by default.
+        spread: the ranks that share the experts, and which has which; `weights`, or the parameters,
+            are this rank's. None: this rank has them all.
         device, dtype: of new, uninitialised parameters.
 
     Example:
@@ -68,7 +78,7 @@ class FusedMoE(nn.Module):
         kernel: str | None = None,
         strict: bool = False,
         custom_routing: CustomRouting | None = None,
-        dispatcher: Dispatcher | None = None,
+        spread: Spread | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,7 +87,8 @@ class FusedMoE(nn.Module):
             config,
             router_for(config.routing, custom=custom_routing),
             create_runner(config.runner),
-            dispatcher if dispatcher is not None else LocalDispatcher(),
+            dispatcher_for(config, spread),
+            spread,
         )
         self.observers: tuple[RoutingObserver, ...] = ()
         self.gate = Gate(
@@ -88,7 +99,7 @@ class FusedMoE(nn.Module):
             dtype=dtype,
         )
         self.experts = RoutedExperts(
-            config.experts,
+            config.experts if spread is None else spread.local_experts(config.experts),
             weights=weights,
             options=ExpertsOptions(
                 kernel=kernel,
@@ -156,6 +167,17 @@ class FusedMoE(nn.Module):
         """Choose experts: gate, router, observers. (T,H) -> `Routing`."""
         return self.finish_routing(self.gate(hidden_states, tokens), tokens, self.gate.tensors())
 
+    def step(self, num_tokens: int) -> StepContext:
+        """What every rank brings to the forward that is under way."""
+        if self.plan.spread is None:
+            return StepContext.alone(num_tokens, self.moe_config.runner.overlap_min_tokens)
+        return self.plan.spread.ranks.clock.current(num_tokens)
+
+    def place(self, topk_ids: Tensor) -> Tensor:
+        """Logical ids (T,K) -> physical ids (T,K), -1 where there is no expert."""
+        spread = self.plan.spread
+        return topk_ids if spread is None else spread.place(topk_ids)
+
     def finish_routing(
         self, choice: Choice, tokens: TokenInputs, tensors: RouterTensors
     ) -> Routing:
@@ -186,9 +208,9 @@ class FusedMoE(nn.Module):
         scale = self.moe_config.routing.output_scale
         return routed * scale if scale != 1.0 else routed
 
-    def run_experts(self, batch: ExpertBatch) -> Tensor:
-        """Run this rank's experts on the rows of `batch`. -> (M,H)."""
-        return self.experts.run_batch(batch)
+    def run_experts(self, batch: ExpertBatch, *, reduce: bool = True) -> Tensor:
+        """Run this rank's experts on the rows of `batch`. -> (M,H), or the terms (M,K,H)."""
+        return self.experts.run_batch(batch, reduce=reduce)
 
     @property
     def moe_config(self) -> MoEConfig:

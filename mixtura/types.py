@@ -285,6 +285,43 @@ def scheme_in_words(schemes: Sequence[QuantScheme]) -> str:
     return " and ".join(dict.fromkeys(names))
 
 
+def split_evenly(count: int, parts: int) -> tuple[int, ...]:
+    """Bounds of `parts` consecutive parts of `count` things, as even as can be: parts + 1 numbers.
+
+    >>> split_evenly(7, 3)
+    (0, 2, 4, 7)
+    """
+    return tuple(count * part // parts for part in range(parts + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What holds for a whole forward of a model on all ranks; every rank has the same.
+
+    Attributes:
+        number: forwards before this one.
+        num_tokens: (R,) tokens of every rank, padding included.
+        wants_overlap: (R,) whether a rank would run its tokens in two batches.
+        is_done: (R,) whether a rank has no requests left, and runs along for the others.
+    """
+
+    number: int
+    num_tokens: tuple[int, ...]
+    wants_overlap: tuple[bool, ...]
+    is_done: tuple[bool, ...]
+
+    @classmethod
+    def alone(cls, num_tokens: int, overlap_min_tokens: int | None = None) -> StepContext:
+        """The context of one rank that has all experts, and votes for itself."""
+        wants = overlap_min_tokens is not None and num_tokens >= overlap_min_tokens
+        return cls(0, (num_tokens,), (wants,), (False,))
+
+    @property
+    def is_overlapped(self) -> bool:
+        """Whether all ranks run two batches."""
+        return all(self.wants_overlap)
+
+
 @dataclass(frozen=True, slots=True)
 class Full:
     """An output that is complete on this rank."""

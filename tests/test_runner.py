@@ -28,6 +28,7 @@ from mixtura.runner import (
     DefaultMoERunner,
     LayerOutput,
     create_runner,
+    in_parts,
     one_batch,
     run_to_end,
 )
@@ -65,17 +66,19 @@ def pair(config: MoEConfig, **options: Any) -> tuple[FusedMoE, FusedMoE]:
 
 @given(num_tokens=st.integers(0, 200), limit=st.integers(1, 50))
 def test_chunks_are_a_partition_into_even_parts(num_tokens, limit):
-    chunks = ChunkingMoERunner(limit).chunks(num_tokens)
-    covered = [token for start, stop in chunks for token in range(start, stop)]
+    rows = torch.arange(num_tokens).unsqueeze(1)
+    parts = in_parts(rows, TokenInputs(), ChunkingMoERunner(limit).num_passes(num_tokens), None)
+    chunks = [part.hidden_states.flatten().tolist() for part in parts]
+    covered = [token for chunk in chunks for token in chunk]
     assert covered == list(range(num_tokens))
-    sizes = [stop - start for start, stop in chunks]
+    sizes = [len(chunk) for chunk in chunks]
     assert max(sizes) <= limit
     assert max(sizes) - min(sizes) <= 1
     assert len(chunks) == max(1, -(-num_tokens // limit))
 
 
 def test_zero_tokens_are_one_empty_chunk():
-    assert ChunkingMoERunner(4).chunks(0) == [(0, 0)]
+    assert ChunkingMoERunner(4).num_passes(0) == 1
 
 
 def test_a_pass_has_at_least_one_row():
@@ -117,9 +120,9 @@ def test_no_pass_is_larger_than_the_limit(num_tokens):
     layer = build_layer(in_chunks(moe_config()))
     seen: list[int] = []
     run_experts = layer.run_experts
-    layer.run_experts = lambda batch: (  # type: ignore[method-assign]
+    layer.run_experts = lambda batch, *, reduce: (  # type: ignore[method-assign]
         seen.append(len(batch.hidden_states)),
-        run_experts(batch),
+        run_experts(batch, reduce=reduce),
     )[1]
     layer(rows_of(num_tokens))
     assert sum(seen) == num_tokens

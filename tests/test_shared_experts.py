@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -26,7 +27,7 @@ from mixtura.config import (
 from mixtura.dispatch import Dispatched, Dispatcher
 from mixtura.experts import SharedExperts, SharedTask, shared_experts_order
 from mixtura.layer import FusedMoE
-from mixtura.types import ExpertBatch, Full, Routing
+from mixtura.types import ExpertBatch, Full
 
 PLAIN = SharedExpertsConfig(intermediate_size=10)
 VARIANTS: dict[str, SharedExpertsConfig] = {
@@ -101,19 +102,33 @@ class AsynchronousDispatcher(Dispatcher):
 
     is_remote: ClassVar[bool] = True
     is_capturable: ClassVar[bool] = False
+    name: ClassVar[str] = "asynchronous"
 
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def dispatch(self, hidden_states: Tensor, routing: Routing) -> Event:
+    def dispatch(
+        self,
+        hidden_states: Tensor,
+        physical_ids: Tensor,
+        topk_weights: Tensor,
+        num_rows: Sequence[int] | None = None,
+    ) -> Event:
         self.events.append("dispatch")
-        batch = ExpertBatch(hidden_states, routing.topk_ids, routing.topk_weights)
+        batch = ExpertBatch(hidden_states, physical_ids, topk_weights)
         return Event("dispatch", Dispatched(batch, "handle"), self.events)
 
     def combine(self, rows: Tensor, handle: Any) -> Event:
         assert handle == "handle"
         self.events.append("combine")
         return Event("combine", Full(rows), self.events)
+
+
+def dispatched(layer: FusedMoE, dispatcher: Dispatcher | None) -> FusedMoE:
+    """The layer with another dispatcher, if there is one."""
+    if dispatcher is not None:
+        layer.plan = dataclasses.replace(layer.plan, dispatcher=dispatcher)
+    return layer
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -250,7 +265,7 @@ def test_every_row_runs_exactly_once(order, max_rows_per_pass):
     shared = dataclasses.replace(VARIANTS["sigmoid gate"], is_external=order == "external")
     config = moe_config(shared=shared, runner=RunnerConfig(max_rows_per_pass=max_rows_per_pass))
     dispatcher = AsynchronousDispatcher() if order == "overlapped" else None
-    layer, rows = build_layer(config, dispatcher=dispatcher), rows_of(7)
+    layer, rows = dispatched(build_layer(config), dispatcher), rows_of(7)
     counter = RowCounter(layer)
     with torch.no_grad():
         output = layer(rows)
@@ -263,7 +278,7 @@ def test_every_row_runs_exactly_once(order, max_rows_per_pass):
 
 def test_overlapped_shared_experts_start_before_the_combine_is_waited_for():
     dispatcher = AsynchronousDispatcher()
-    layer = build_layer(moe_config(shared=PLAIN), dispatcher=dispatcher)
+    layer = dispatched(build_layer(moe_config(shared=PLAIN)), dispatcher)
     layer.shared_experts.register_forward_hook(lambda *_: dispatcher.events.append("shared"))
     layer(rows_of(3))
     assert dispatcher.events == [
@@ -278,7 +293,7 @@ def test_overlapped_shared_experts_start_before_the_combine_is_waited_for():
 @pytest.mark.parametrize("shared", [None, dataclasses.replace(PLAIN, is_external=True)])
 def test_a_remote_dispatcher_without_overlap(shared):
     dispatcher = AsynchronousDispatcher()
-    layer = build_layer(moe_config(shared=shared), dispatcher=dispatcher)
+    layer = dispatched(build_layer(moe_config(shared=shared)), dispatcher)
     layer(rows_of(3))
     steps = ["dispatch", "dispatch waited for", "combine", "combine waited for"]
     assert dispatcher.events == steps

@@ -27,6 +27,14 @@ from mixtura.config.layer import (
     SharedExpertsConfig,
     SharedExpertsOrder,
 )
+from mixtura.config.parallel import (
+    DispatcherName,
+    EplbConfig,
+    ParallelConfig,
+    PlacementStrategy,
+    TokensHeld,
+    WireFormat,
+)
 from mixtura.config.routing import (
     DroppedGroup,
     GroupLimit,
@@ -52,7 +60,9 @@ __all__ = [
     "ActivationDtype",
     "ActivationFunction",
     "Choice",
+    "DispatcherName",
     "DroppedGroup",
+    "EplbConfig",
     "ExpertsConfig",
     "GatePrecision",
     "GateUp",
@@ -63,6 +73,8 @@ __all__ = [
     "NativeGate",
     "NoComputeExperts",
     "NoComputeKind",
+    "ParallelConfig",
+    "PlacementStrategy",
     "PostNorm",
     "Renormalize",
     "RoutingConfig",
@@ -75,7 +87,9 @@ __all__ = [
     "SharedExpertsOrder",
     "Simulation",
     "SimulationConfig",
+    "TokensHeld",
     "WeightOn",
+    "WireFormat",
     "require_finite",
     "require_positive",
 ]

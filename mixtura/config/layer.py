@@ -60,14 +60,22 @@ class SharedExpertsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
-    """When things run: `max_rows_per_pass` tokens go through the layer at a time (None: all at
-    once)."""
+    """When things run.
+
+    Attributes:
+        max_rows_per_pass: so many tokens go through the layer at a time; None: all at once.
+        overlap_min_tokens: from so many tokens on every rank on, a batch goes through the layer in
+            two, one's exchange between ranks beside the other's experts. None: never.
+    """
 
     max_rows_per_pass: int | None = None
+    overlap_min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_rows_per_pass is not None:
             require_positive("max_rows_per_pass", self.max_rows_per_pass)
+        if self.overlap_min_tokens is not None:
+            require_positive("overlap_min_tokens", self.overlap_min_tokens, minimum=2)
 
 
 class GatePrecision(Choice):

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from mixtura.types import ExpertBatch, Full, Partial, Routing
-
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Pending(Protocol[T_co]):
-    """Something under way; `wait` ends it."""
-
-    def wait(self) -> T_co:
-        """Return the result, waiting for it if needed."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Ready(Generic[T_co]):
-    """A result that was there at once."""
-
-    value: T_co
-
-    def wait(self) -> T_co:
-        """The result."""
-        return self.value
+from mixtura.errors import GradientUnsupported
+from mixtura.parallel.transport import Pending
+from mixtura.types import ExpertBatch, Full
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +27,54 @@ class Dispatcher(ABC):
     """Sends rows to the ranks that hold their experts, and brings the results home.
 
     Attributes:
+        name: what the configuration calls it.
         is_remote: there are other ranks to wait for, so that work can be done meanwhile.
         is_capturable: it can run inside a CUDA graph.
+        needs_counts: `dispatch` must be told how many rows every rank brings.
+        wants_terms: `combine` takes every slot's term (M,K,H) in fp32 instead of their sums, and
+            adds them itself in the order of the slots.
     """
 
+    name: ClassVar[str]
     is_remote: ClassVar[bool]
     is_capturable: ClassVar[bool]
+    needs_counts: bool = False
+    wants_terms: bool = False
 
     @abstractmethod
-    def dispatch(self, hidden_states: Tensor, routing: Routing) -> Pending[Dispatched]:
-        """Send (T,H) rows with their ids and weights; what arrives is this rank's `ExpertBatch`."""
+    def dispatch(
+        self,
+        hidden_states: Tensor,
+        physical_ids: Tensor,
+        topk_weights: Tensor,
+        num_rows: Sequence[int] | None = None,
+    ) -> Pending[Dispatched]:
+        """Send rows; what arrives is this rank's `ExpertBatch`.
+
+        Args:
+            hidden_states: (T,H).
+            physical_ids: (T,K) int32; -1 is a slot without an expert.
+            topk_weights: (T,K) fp32.
+            num_rows: how many rows each rank brings, where `needs_counts`.
+        """
 
     @abstractmethod
-    def combine(self, rows: Tensor, handle: Any) -> Pending[Full | Partial]:
-        """Send the experts' results (M,H) home; what arrives is (T,H)."""
+    def combine(self, rows: Tensor, handle: Any) -> Pending[Full]:
+        """Send the experts' results (M,H), or terms (M,K,H), home; what arrives is (T,H)."""
+
+
+def check_no_grad(*tensors: Tensor) -> None:
+    """Raise `GradientUnsupported` where gradients would have to cross ranks."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise GradientUnsupported(
+            "rows that cross ranks must not need gradients; got some that do. Use torch.no_grad(), "
+            "or train without expert parallelism."
+        )
+
+
+def sum_slots(terms: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T,K,H) terms added slot by slot, in their order -> (T,H) of a dtype."""
+    total = torch.zeros_like(terms[:, 0])
+    for term in terms.unbind(1):
+        total = total + term
+    return total.to(dtype)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mixtura.dispatch.contract import Dispatched, Dispatcher, Pending, Ready
-from mixtura.types import ExpertBatch, Full, Partial, Routing
+from mixtura.dispatch.contract import Dispatched, Dispatcher
+from mixtura.parallel.transport import Pending, Ready
+from mixtura.types import ExpertBatch, Full
 
 
 class LocalDispatcher(Dispatcher):
-    """Logical ids are local ids; rows stay."""
+    """Physical ids are local ids; rows stay."""
 
+    name: ClassVar[str] = "local"
     is_remote: ClassVar[bool] = False
     is_capturable: ClassVar[bool] = True
 
-    def dispatch(self, hidden_states: Tensor, routing: Routing) -> Pending[Dispatched]:
-        batch = ExpertBatch(hidden_states, routing.topk_ids, routing.topk_weights)
-        return Ready(Dispatched(batch, None))
+    def dispatch(
+        self,
+        hidden_states: Tensor,
+        physical_ids: Tensor,
+        topk_weights: Tensor,
+        num_rows: Sequence[int] | None = None,
+    ) -> Pending[Dispatched]:
+        return Ready(Dispatched(ExpertBatch(hidden_states, physical_ids, topk_weights), None))
 
-    def combine(self, rows: Tensor, handle: Any) -> Pending[Full | Partial]:
+    def combine(self, rows: Tensor, handle: Any) -> Pending[Full]:
         return Ready(Full(rows))

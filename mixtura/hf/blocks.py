@@ -239,10 +239,12 @@ class FamilyMoE(FusedMoE):
         weight = getattr(self, gate).weight if gate is not None else None
         return shared.start(hidden_states, weight, order)
 
-    def run_experts(self, batch: ExpertBatch) -> Tensor:
+    def run_experts(self, batch: ExpertBatch, *, reduce: bool = True) -> Tensor:
         assert self.spec.experts is not None
         experts: nn.Module = getattr(self, self.spec.experts)
-        rows: Tensor = experts(batch.hidden_states, batch.local_ids, batch.topk_weights)
+        rows: Tensor = experts(
+            batch.hidden_states, batch.local_ids, batch.topk_weights, reduce=reduce
+        )
         return rows
 
     @property
@@ -256,8 +258,8 @@ class FamilyMoE(FusedMoE):
 class FamilyMoEWithExperts(FamilyMoE, AdoptedExperts):
     """A block that holds the experts' weights itself (JetMoE)."""
 
-    def run_experts(self, batch: ExpertBatch) -> Tensor:
-        return self.run_batch(batch)
+    def run_experts(self, batch: ExpertBatch, *, reduce: bool = True) -> Tensor:
+        return self.run_batch(batch, reduce=reduce)
 
 
 class FamilySharedExperts(SharedExperts):

@@ -84,10 +84,18 @@ class BlockExperts(AdoptedExperts):
     So hooks on the module, and modules put around it, see every call.
     """
 
-    def forward(self, hidden_states: Tensor, local_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """(M,H), (M,K) with -1 for no expert, (M,K) -> (M,H)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        local_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        reduce: bool = True,
+    ) -> Tensor:
+        """(M,H), (M,K) with -1 for no expert, (M,K) -> (M,H), or the terms (M,K,H)."""
         with read_once(self):
-            return self.run_batch(ExpertBatch(hidden_states, local_ids, topk_weights))
+            batch = ExpertBatch(hidden_states, local_ids, topk_weights)
+            return self.run_batch(batch, reduce=reduce)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ It yields where another batch may run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtura.config import MoEConfig, SharedExpertsOrder
 from mixtura.dispatch import Dispatcher
 from mixtura.experts import SharedTask, shared_experts_order
-from mixtura.types import ExpertBatch, Full, Routing, TokenInputs
+from mixtura.types import ExpertBatch, Routing, StepContext, TokenInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,17 @@ class LayerParts(Protocol):
     @property
     def dispatcher(self) -> Dispatcher: ...
 
+    def step(self, num_tokens: int) -> StepContext: ...
+
     def route(self, hidden_states: Tensor, tokens: TokenInputs) -> Routing: ...
+
+    def place(self, topk_ids: Tensor) -> Tensor: ...
 
     def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask: ...
 
     def enter_experts(self, hidden_states: Tensor) -> Tensor: ...
 
-    def run_experts(self, batch: ExpertBatch) -> Tensor: ...
+    def run_experts(self, batch: ExpertBatch, *, reduce: bool = True) -> Tensor: ...
 
     def leave_experts(self, routed: Tensor) -> Tensor: ...
 
@@ -57,10 +61,16 @@ Schedule = Iterator[LayerOutput | None]
 """Yields None where another batch may run, and the output at its end."""
 
 
-def one_batch(layer: LayerParts, hidden_states: Tensor, tokens: TokenInputs) -> Schedule:
+def one_batch(
+    layer: LayerParts,
+    hidden_states: Tensor,
+    tokens: TokenInputs,
+    num_rows: Sequence[int] | None = None,
+) -> Schedule:
     """Send one batch (T,H) through a layer; other batches may run at the yields.
 
     Sum: `scale * leave(combine(experts(dispatch(enter(x)))) + bypass) + shared`, each term once.
+    `num_rows` are the tokens of every rank in this batch, where the dispatcher needs them.
     """
     order = shared_experts_order(
         layer.moe_config.shared,
@@ -77,17 +87,18 @@ def one_batch(layer: LayerParts, hidden_states: Tensor, tokens: TokenInputs) -> 
         shared = layer.start_shared(hidden_states, order)
 
     expert_input = layer.enter_experts(hidden_states)
-    dispatched = layer.dispatcher.dispatch(expert_input, routing)
+    physical_ids = layer.place(routing.topk_ids)
+    dispatched = layer.dispatcher.dispatch(
+        expert_input, physical_ids, routing.topk_weights, num_rows
+    )
     yield None
     arrived = dispatched.wait()
-    rows = layer.run_experts(arrived.batch)
+    rows = layer.run_experts(arrived.batch, reduce=not layer.dispatcher.wants_terms)
     combined = layer.dispatcher.combine(rows, arrived.handle)
     if order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
         shared = layer.start_shared(hidden_states, order)
     yield None
-    routed = combined.wait()
-    assert isinstance(routed, Full)
-    out = routed.tensor
+    out = combined.wait().tensor
     if routing.bypass is not None:
         out = routing.bypass.apply(out, expert_input)
     out = layer.leave_experts(out)
@@ -97,6 +108,12 @@ def one_batch(layer: LayerParts, hidden_states: Tensor, tokens: TokenInputs) -> 
         yield LayerOutput(out, routing, shared.result())
     else:
         yield LayerOutput(out + shared.result(), routing)
+
+
+def run_in_turn(schedules: Sequence[Schedule]) -> list[LayerOutput]:
+    """Run schedules a stretch at a time each, so that one waits while another computes."""
+    outputs = [output for stretch in zip(*schedules, strict=True) for output in stretch]
+    return [output for output in outputs if output is not None]
 
 
 def run_to_end(schedule: Schedule) -> LayerOutput:

@@ -1,0 +1,86 @@
+"""Which dispatcher runs, decided from sizes when the layer is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixtura.config import DispatcherName, MoEConfig, ParallelConfig, TokensHeld
+from mixtura.dispatch.all_gather import AllGatherDispatcher
+from mixtura.dispatch.all_reduce import AllReduceDispatcher
+from mixtura.dispatch.all_to_all import AllToAllDispatcher
+from mixtura.dispatch.contract import Dispatcher
+from mixtura.dispatch.local import LocalDispatcher
+from mixtura.dispatch.shared_batch import SharedBatchDispatcher
+from mixtura.parallel.ranks import Spread
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherChoice:
+    """A dispatcher by name, and why it and not another; None is no dispatching at all."""
+
+    name: DispatcherName | None
+    reason: str
+
+
+def expected_ranks(num_experts: int, top_k: int, ep_size: int) -> float:
+    """Ranks with an expert of a token, on average over even, independent choices.
+
+    `d = R (1 - C(E - E/R, K) / C(E, K))`, with the product of the quotient taken term by term.
+
+    >>> round(expected_ranks(256, 8, 8), 2)
+    5.29
+    """
+    away = num_experts - num_experts / ep_size
+    none = 1.0
+    for slot in range(top_k):
+        none *= max(away - slot, 0.0) / (num_experts - slot)
+    return ep_size * (1.0 - none)
+
+
+def choose_dispatcher(config: ParallelConfig, *, num_experts: int, top_k: int) -> DispatcherChoice:
+    """Decide how rows meet their experts. Pure.
+
+    With tokens that all ranks share nothing has to be sent before the experts run. Else rows are
+    gathered where nearly every rank needs nearly every row, as two collectives of known sizes then
+    cost less than three with an exchange of counts before them.
+    """
+    if config.num_ranks == 1:
+        return DispatcherChoice(None, "there is one rank")
+    if config.dispatcher is not None:
+        return DispatcherChoice(config.dispatcher, "it was asked for")
+    if config.tokens is TokensHeld.SHARED:
+        return DispatcherChoice(DispatcherName.ALL_REDUCE, "all ranks hold the same tokens")
+    others = config.ep_size - 1
+    needed = expected_ranks(num_experts, top_k, config.ep_size) * others / config.ep_size
+    found = f"a row is needed on {needed:.1f} of the {others} other ranks"
+    if needed >= GATHER_FROM * others:
+        return DispatcherChoice(DispatcherName.ALL_GATHER, found)
+    return DispatcherChoice(DispatcherName.ALL_TO_ALL, found)
+
+
+GATHER_FROM = 0.9
+"""Part of the other ranks that need a row, from which on all of them get it."""
+
+
+def dispatcher_for(config: MoEConfig, spread: Spread | None) -> Dispatcher:
+    """The dispatcher of a layer."""
+    if spread is None:
+        return LocalDispatcher()
+    parallel, transport, slots = spread.ranks.config, spread.ranks.transport, spread.slots
+    choice = choose_dispatcher(
+        parallel, num_experts=config.routing.num_experts, top_k=config.routing.top_k
+    )
+    if choice.name is None:
+        return LocalDispatcher()
+    terms = config.deterministic
+    if choice.name is DispatcherName.ALL_REDUCE:
+        return AllReduceDispatcher(transport, slots, wants_terms=terms)
+    inner: Dispatcher
+    if choice.name is DispatcherName.ALL_GATHER:
+        inner = AllGatherDispatcher(transport, slots, wire=parallel.wire, wants_terms=terms)
+    else:
+        inner = AllToAllDispatcher(
+            transport, slots, tp_size=parallel.tp_size, wire=parallel.wire, wants_terms=terms
+        )
+    is_shared = parallel.tokens is TokensHeld.SHARED
+    return SharedBatchDispatcher(transport, inner) if is_shared else inner

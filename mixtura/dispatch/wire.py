@@ -1,0 +1,123 @@
+"""What a row travels as: one record of bytes with its values, ids and weights.
+
+| bytes | what |
+|---|---|
+| 4 K | ids, int32 |
+| 4 K | weights, fp32 |
+| 4 ceil(H / 128) | scales, fp32; with 8-bit codes only |
+| H x itemsize | values in the model's dtype, or 8-bit codes |
+| up to 15 | padding to a multiple of 16 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixtura.config import WireFormat
+from mixtura.types import ExpertBatch
+
+COLUMNS_PER_SCALE = 128
+"""As DeepSeek-V3's 8-bit activations have it: the largest value of a row spoils no more columns."""
+
+RECORD_ALIGNMENT = 16
+LARGEST_INT8 = 127.0
+LARGEST_E4M3 = 448.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How rows of one layer are written and read.
+
+    Attributes:
+        format: of the values. dtype: of the rows here. hidden_size: H. top_k: ids of a row, K.
+    """
+
+    format: WireFormat
+    dtype: torch.dtype
+    hidden_size: int
+    top_k: int
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of a row."""
+        if self.format is WireFormat.MODEL:
+            return 0
+        return -(-self.hidden_size // COLUMNS_PER_SCALE)
+
+    @property
+    def values_offset(self) -> int:
+        """Where in a record the values begin; a multiple of 16, so that they can be viewed."""
+        return _aligned(4 * (2 * self.top_k + self.num_scales))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a record."""
+        itemsize = self.dtype.itemsize if self.format is WireFormat.MODEL else 1
+        return _aligned(self.values_offset + self.hidden_size * itemsize)
+
+    def write(self, batch: ExpertBatch) -> Tensor:
+        """(M,H) rows with (M,K) ids and weights -> (M, row_bytes) uint8."""
+        rows = batch.hidden_states
+        records = rows.new_empty((rows.shape[0], self.row_bytes), dtype=torch.uint8)
+        words = records.view(torch.int32)
+        k = self.top_k
+        words[:, :k] = batch.local_ids
+        words[:, k : 2 * k] = batch.topk_weights.to(torch.float32).view(torch.int32)
+        if self.format is WireFormat.MODEL:
+            self._values(records)[:] = rows
+            return records
+        codes, scales = quantize_rows(rows, self.format)
+        words[:, 2 * k : 2 * k + self.num_scales] = scales.view(torch.int32)
+        self._values(records)[:] = codes.view(torch.uint8)
+        return records
+
+    def read(self, records: Tensor) -> ExpertBatch:
+        """The inverse of `write`, but for the rounding of 8-bit codes."""
+        words = records.view(torch.int32)
+        k = self.top_k
+        values = self._values(records)
+        if self.format is not WireFormat.MODEL:
+            scales = words[:, 2 * k : 2 * k + self.num_scales].view(torch.float32)
+            values = dequantize_rows(values, scales, self.format, self.dtype)
+        weights = words[:, k : 2 * k].view(torch.float32)
+        return ExpertBatch(values.contiguous(), words[:, :k].contiguous(), weights.contiguous())
+
+    def _values(self, records: Tensor) -> Tensor:
+        """The values' part of records, as a view: (M,H)."""
+        dtype = self.dtype if self.format is WireFormat.MODEL else torch.uint8
+        start = self.values_offset // dtype.itemsize
+        return records.view(dtype)[:, start : start + self.hidden_size]
+
+
+def quantize_rows(rows: Tensor, wire: WireFormat) -> tuple[Tensor, Tensor]:
+    """Round 128 columns at a time to the nearest code: (M,H) -> codes (M,H), scales fp32 (M,G).
+
+    `codes = round(x / s)` with `s = max|x| / largest code`; a group of zeros has s = 0.
+    """
+    count, hidden = rows.shape
+    groups = -(-hidden // COLUMNS_PER_SCALE)
+    padded = F.pad(rows.to(torch.float32), (0, groups * COLUMNS_PER_SCALE - hidden))
+    blocks = padded.view(count, groups, COLUMNS_PER_SCALE)
+    largest = LARGEST_INT8 if wire is WireFormat.INT8 else LARGEST_E4M3
+    scales = blocks.abs().amax(2) / largest
+    scaled = blocks / torch.where(scales == 0, 1.0, scales).unsqueeze(2)
+    if wire is WireFormat.INT8:
+        codes = scaled.round().clamp(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
+    else:
+        codes = scaled.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+    return codes.flatten(1)[:, :hidden], scales
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor, wire: WireFormat, dtype: torch.dtype) -> Tensor:
+    """`codes * scale`: uint8 bytes (M,H) and fp32 scales (M,G) -> (M,H) of a dtype."""
+    values = codes.contiguous().view(torch.int8 if wire is WireFormat.INT8 else torch.float8_e4m3fn)
+    whole = scales.repeat_interleave(COLUMNS_PER_SCALE, 1)[:, : codes.shape[1]]
+    return (values.to(torch.float32) * whole).to(dtype)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // RECORD_ALIGNMENT) * RECORD_ALIGNMENT

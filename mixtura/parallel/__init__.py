@@ -1,0 +1,35 @@
+"""Ranks and what they hold: groups, placements of experts, the exchange before a forward."""
+
+from mixtura.parallel.placement import ExpertMap, ModelPlacement, Move, Placement
+from mixtura.parallel.ranks import ExpertParallel, Spread
+from mixtura.parallel.step import StepClock
+from mixtura.parallel.tables import SlotTables
+from mixtura.parallel.topology import Topology
+from mixtura.parallel.transport import (
+    LoneTransport,
+    Pending,
+    Ready,
+    Then,
+    TorchTransport,
+    Transport,
+    join,
+)
+
+__all__ = [
+    "ExpertMap",
+    "ExpertParallel",
+    "LoneTransport",
+    "ModelPlacement",
+    "Move",
+    "Pending",
+    "Placement",
+    "Ready",
+    "SlotTables",
+    "Spread",
+    "StepClock",
+    "Then",
+    "Topology",
+    "TorchTransport",
+    "Transport",
+    "join",
+]
