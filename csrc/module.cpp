@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "features.h"
+#include "replicas.h"
 #include "routing_module.h"
 #include "team.h"
 
@@ -193,6 +194,15 @@ double time_spin(int arithmetic, int64_t iterations, int num_threads) {
   return (double)probe.kernels->spin_operations((Arithmetic)arithmetic) * iterations * size / seconds;
 }
 
+// Tables as in `Replicas`.
+bool place(Address ids, Address out, int64_t num_tokens, int64_t top_k, Address slots, Address ends,
+           Address counts, Address is_recording, int64_t num_experts, int64_t num_slots, double shift,
+           double stride) {
+  const Replicas replicas{at<int32_t>(slots), at<double>(ends), (int64_t*)counts, num_experts,
+                          num_slots,          shift,            stride,           *at<int64_t>(is_recording)};
+  return choose_replicas(replicas, at<int32_t>(ids), (int32_t*)out, num_tokens, top_k);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -224,6 +234,7 @@ NB_MODULE(_cpu, m) {
                make_input(x, x_dtype, 0, 0, out, num_tokens, 1, false, true), num_threads);
   });
 
+  m.def("place", &place);
   m.def("attention", &attention);
 
   bind_routing(m, &current_kernels);

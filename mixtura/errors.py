@@ -52,3 +52,7 @@ class ParallelError(MixturaError):
 
 class RankLost(ParallelError):
     """A rank did not take part in an exchange: it is dead, stalled, or has left the group."""
+
+
+class MigrationError(ParallelError):
+    """An expert's weights did not arrive as they were sent; the old placement stays."""

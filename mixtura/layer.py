@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mixtura.config import MoEConfig, SharedExpertsOrder
 from mixtura.dispatch import Dispatcher, dispatcher_for
+from mixtura.eplb.state import EplbLayerState, check_choice
 from mixtura.errors import InputError
 from mixtura.experts import (
     ExpertsOptions,
@@ -69,6 +70,9 @@ class FusedMoE(nn.Module):
         >>> layer(torch.randn(3, 8)).shape
         torch.Size([3, 8])
     """
+
+    eplb: EplbLayerState | None = None
+    """Which replicas are taken, and what is counted; None is no balancing."""
 
     def __init__(
         self,
@@ -175,8 +179,31 @@ class FusedMoE(nn.Module):
 
     def place(self, topk_ids: Tensor) -> Tensor:
         """Logical ids (T,K) -> physical ids (T,K), -1 where there is no expert."""
-        spread = self.plan.spread
-        return topk_ids if spread is None else spread.place(topk_ids)
+        placer = self.eplb or self.plan.spread
+        return topk_ids if placer is None else placer.to_physical(topk_ids)
+
+    def set_layer_state(self, state: EplbLayerState | None) -> None:
+        """Bind the layer's view of the model's load balancing; None unbinds it.
+
+        Raises:
+            ConfigError: ranks would choose replicas that the dispatcher cannot have.
+        """
+        if state is not None:
+            check_choice(state, self.dispatcher.name, self.dispatcher.needs_same_replicas)
+        self.eplb = state
+
+    def slots(self) -> dict[str, Tensor]:
+        """The tensors of this rank's experts, (L, ...) each, as the kernel keeps them.
+
+        Raises:
+            ConfigError: the kernel's experts cannot be moved.
+        """
+        return self.packed_experts.slots()
+
+    @property
+    def packed_experts(self) -> PackedExperts:
+        """The module that holds the experts' weights."""
+        return self.experts
 
     def finish_routing(
         self, choice: Choice, tokens: TokenInputs, tensors: RouterTensors
@@ -193,7 +220,18 @@ class FusedMoE(nn.Module):
     def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:
         """Start the shared experts on (T,H) rows."""
         gate = self.shared_expert_gate.weight if self._has_shared_gate else None
-        return self.shared_experts.start(hidden_states, gate, order)
+        return self.shared_experts.start(hidden_states, gate, order, self.dispatcher.part)
+
+    @property
+    def sums_shared(self) -> bool:
+        """Whether each rank runs a part of the shared experts."""
+        is_possible = self.dispatcher.part is not None and self.moe_config.adds_shared_to_rows
+        return is_possible and self.shared_module.can_be_cut
+
+    @property
+    def shared_module(self) -> SharedExperts:
+        """The module that holds the shared experts, where there are any."""
+        return self.shared_experts
 
     def enter_experts(self, hidden_states: Tensor) -> Tensor:
         """Into the experts' width: (T,H) -> (T, experts.hidden_size)."""

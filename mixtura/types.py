@@ -198,6 +198,19 @@ class ExpertWeights:
             found += matrix.tensors.values()
         return tuple(found)
 
+    def slots(self) -> dict[str, Tensor]:
+        """The tensors with a row for each expert, (L, ...), by role and part."""
+        roles = ("gate_up_proj", "up_proj", "down_proj")
+        matrices = {role: getattr(self, role) for role in roles}
+        found = {
+            f"{role}.{name}": tensor
+            for role, matrix in matrices.items()
+            if matrix is not None
+            for name, tensor in matrix.tensors.items()
+        }
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return found | {name: tensor for name, tensor in biases.items() if tensor is not None}
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
         """The same weights with every tensor changed; shapes and dtypes must stay."""
 

@@ -38,11 +38,17 @@ FLOORS: list[set[str]] = [
 NARROWER: dict[str, set[str]] = {
     "plugin": {"errors"},
     "quant": {"config", "errors", "env"},
+    "eplb": {"parallel", "types", "config", "errors", "env"},
+    "parallel": {"quant", "types", "config", "errors", "env"},
     "__main__": {"cli"},
 }
 """Rooms that may import less than their floor allows."""
 
-EXTRA_EDGES: dict[str, set[str]] = {"types": {"mixtura.quant.scheme"}, "cli": {"mixtura"}}
+EXTRA_EDGES: dict[str, set[str]] = {
+    "types": {"mixtura.quant.scheme"},
+    "cli": {"mixtura"},
+    "eplb": {"mixtura.kernels.cpu.replicas"},
+}
 """Modules that a room may import although they are not below it."""
 
 REFERENCE_MAY_IMPORT = {
@@ -58,6 +64,7 @@ IMPORTS_INSIDE: dict[str, str] = {
     "mixtura.cli": "verbs load lazily, so that --help is quick",
     "mixtura.plugin": "Transformers is met, not imported",
     "mixtura.observe.picture": "matplotlib is an optional extra",
+    "mixtura.dispatch.deep_ep": "deep_ep is an optional extra",
 }
 """Modules and packages whose functions may import, and why."""
 
@@ -162,6 +169,14 @@ def test_rooms_import_only_rooms_below_them():
         ("mixtura.hf.convert", "mixtura.layer", True),
         ("mixtura.hf.convert", "mixtura.cli", False),
         ("mixtura.experts.packed", "mixtura", False),
+        ("mixtura.eplb.metrics", "mixtura.parallel.placement", True),
+        ("mixtura.eplb.metrics", "mixtura.kernels", False),
+        ("mixtura.eplb.metrics", "mixtura.routing", False),
+        ("mixtura.parallel.placement", "mixtura.eplb", False),
+        ("mixtura.parallel.placement", "mixtura.kernels", False),
+        ("mixtura.dispatch.local", "mixtura.parallel", True),
+        ("mixtura.dispatch.local", "mixtura.eplb", False),
+        ("mixtura.runner.schedule", "mixtura.eplb", True),
     ],
 )
 def test_the_order_of_rooms(importer, imported, expected):

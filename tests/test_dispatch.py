@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close, frobenius_error
 from torch import Tensor
 
+import mixtura.dispatch.choice as choice_module
 from mixtura.config import (
     DispatcherName,
     ExpertsConfig,
@@ -27,15 +29,24 @@ from mixtura.config import (
     PlacementStrategy,
     PostNorm,
     RunnerConfig,
+    ScaleOn,
     SharedExpertsConfig,
     TokensHeld,
     WireFormat,
 )
-from mixtura.dispatch import choose_dispatcher, expected_ranks
+from mixtura.dispatch import AllToAllDispatcher, choose_dispatcher, expected_ranks
+from mixtura.dispatch.deep_ep import DeepEpDispatcher
 from mixtura.dispatch.wire import Wire
-from mixtura.errors import ConfigError, GradientUnsupported, ParallelError, RankLost
+from mixtura.errors import (
+    ConfigError,
+    GradientUnsupported,
+    MissingDependency,
+    ParallelError,
+    RankLost,
+)
+from mixtura.experts import SharedExperts
 from mixtura.layer import FusedMoE
-from mixtura.parallel import ExpertParallel, Transport
+from mixtura.parallel import ExpertParallel, SlotTables, Topology, Transport
 from mixtura.parallel.ranks import Spread
 from mixtura.parallel.shard import cut_weights, shard_weights
 from mixtura.quant.formats import WeightFormat
@@ -114,6 +125,45 @@ def test_ranks_agree_with_one(dispatcher, held, counts, deterministic):
 def test_experts_without_arithmetic_stay_at_home(dispatcher, held, kind):
     config = config_of(routing={"no_compute": NoComputeExperts(kind=kind, count=3)}, top_k=3)
     spread_out(config, ParallelConfig(ep_size=2, tokens=held, dispatcher=dispatcher), [7, 2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"has_sigmoid_gate": True},
+        {"has_bias": True},
+        {"is_gated": False, "has_bias": True},
+        {"intermediate_size": 2},
+    ],
+)
+def test_each_rank_runs_a_part_of_the_shared_experts(changes, monkeypatch):
+    """Of all widths, also of those with less than a column for each rank."""
+    seen: list[tuple[int, int]] = []
+    run_part = SharedExperts.run_part
+
+    def noted(self: SharedExperts, rows: Tensor, gate: Any, part: int, parts: int) -> Tensor:
+        seen.append((part, parts))
+        return run_part(self, rows, gate, part, parts)
+
+    monkeypatch.setattr(SharedExperts, "run_part", noted)
+    shared = dataclasses.replace(SHARED_EXPERTS, **changes)
+    spread_out(config_of(shared=shared), ParallelConfig(ep_size=3), [5, 5, 5])
+    assert sorted(seen) == [(0, 3), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deterministic": True},
+        {"routing": {"scale": 2.0, "scale_on": ScaleOn.OUTPUT}},
+        {"has_latent": True, "experts": {"hidden_size": 12}},
+    ],
+)
+def test_shared_experts_are_whole_where_a_part_cannot_be_summed(changes, monkeypatch):
+    monkeypatch.setattr(SharedExperts, "run_part", None)
+    config = config_of(shared=SHARED_EXPERTS, **changes)
+    spread_out(config, ParallelConfig(ep_size=2), [5, 5])
 
 
 @pytest.mark.parametrize("placement", list(PlacementStrategy))
@@ -433,3 +483,67 @@ def test_a_group_is_never_cut(parts):
     )
     with pytest.raises(ConfigError, match="must be cut at multiples of 32"):
         cut_weights(weights, 1, parts)
+
+
+# ------------------------------------------------------------------------------------------ DeepEP
+
+
+class FakeDeepEp:
+    """The part of `deep_ep` that is used, over ranks that are threads."""
+
+    class Event:
+        def current_stream_wait(self) -> None:
+            pass
+
+    class ElasticBuffer:
+        def __init__(
+            self, group: Transport, *, num_max_tokens_per_rank: int, hidden: int, num_topk: int
+        ) -> None:
+            self.group, self.most = group, num_max_tokens_per_rank
+
+        def dispatch(self, x: Tensor, **given: Any) -> Any:
+            assert x.shape[0] <= self.most == given["num_max_tokens_per_rank"]
+            assert given["topk_idx"].dtype == torch.int64
+            assert given["async_with_compute_stream"]
+            topology = Topology.even(given["num_experts"], self.group.size)
+            self.inner = AllToAllDispatcher(self.group, SlotTables.of(topology, self.group.rank))
+            arrived = self.inner.dispatch(x, given["topk_idx"], given["topk_weights"]).wait()
+            batch = arrived.batch
+            event = FakeDeepEp.Event()
+            return (
+                batch.hidden_states,
+                batch.local_ids.long(),
+                batch.topk_weights,
+                arrived.handle,
+                event,
+            )
+
+        def combine(self, x: Tensor, *, handle: Any, async_with_compute_stream: bool) -> Any:
+            return self.inner.combine(x, handle).wait().tensor, None, FakeDeepEp.Event()
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 3], [0, 0, 0], [1, 9, 2]])
+def test_deep_ep_is_called_as_it_wants(counts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deep_ep", FakeDeepEp)
+    monkeypatch.setattr(choice_module, "deep_ep_cannot", lambda *_: None)
+    monkeypatch.setattr(choice_module, "TorchTransport", virtual_ranks.ThreadTransport)
+    monkeypatch.setattr(
+        virtual_ranks.ThreadTransport, "group", property(lambda self: self), raising=False
+    )
+    parallel = ParallelConfig(ep_size=3, tokens=OWN, dispatcher=DispatcherName.DEEP_EP)
+    spread_out(config_of(), parallel, counts)
+
+
+def test_why_deep_ep_is_not_taken():
+    config = config_of()
+
+    def work(transport: Transport) -> None:
+        ranks = ExpertParallel.over(
+            ParallelConfig(ep_size=2, dispatcher=DispatcherName.DEEP_EP), transport
+        )
+        FusedMoE(config, spread=Spread.of(config, ranks))
+
+    with pytest.raises(ConfigError, match="got: the package deep_ep is not installed"):
+        virtual_ranks.run(2, work)
+    with pytest.raises(MissingDependency, match="must be there for this dispatcher"):
+        DeepEpDispatcher(None, 6)  # type: ignore[arg-type]

@@ -197,12 +197,14 @@ def expected_order(
     device_type: str,
     num_tokens: int,
     is_remote: bool,
+    is_summed: bool,
     is_tracing: bool,
 ) -> SharedExpertsOrder:
     """The decision table, read from the top."""
     table = [
         (shared is None, SharedExpertsOrder.NONE),
         (shared is not None and shared.is_external, SharedExpertsOrder.EXTERNAL),
+        (is_summed, SharedExpertsOrder.SUMMED),
         (is_remote, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED),
         (is_tracing, SharedExpertsOrder.NO_OVERLAP),
         (device_type != "cuda", SharedExpertsOrder.NO_OVERLAP),
@@ -222,17 +224,19 @@ def test_the_order_follows_the_decision_table():
     ]
     booleans = [False, True]
     seen = set()
-    for shared, device, num_tokens, is_remote, is_tracing in itertools.product(
-        configs, ["cpu", "cuda", "meta"], [0, 1, 16, 17, 1000], booleans, booleans
+    for shared, device, num_tokens, is_remote, is_summed, is_tracing in itertools.product(
+        configs, ["cpu", "cuda", "meta"], [0, 1, 16, 17, 1000], booleans, booleans, booleans
     ):
         order = shared_experts_order(
             shared,
             device_type=device,
             num_tokens=num_tokens,
             is_remote=is_remote,
+            is_summed=is_summed,
             is_tracing=is_tracing,
         )
-        assert order is expected_order(shared, device, num_tokens, is_remote, is_tracing)
+        expected = expected_order(shared, device, num_tokens, is_remote, is_summed, is_tracing)
+        assert order is expected
         seen.add(order)
     assert seen == set(SharedExpertsOrder) - {SharedExpertsOrder.FUSED}
 
@@ -254,6 +258,7 @@ def test_order_on_a_gpu_by_its_default_threshold(changes, num_tokens, expected):
         device_type="cuda",
         num_tokens=num_tokens,
         is_remote=False,
+        is_summed=False,
         is_tracing=False,
     )
     assert order is expected

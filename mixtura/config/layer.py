@@ -14,15 +14,17 @@ class SharedExpertsOrder(Choice):
     """When the shared experts run; each row runs exactly once whichever it is.
 
     NONE: there are none. EXTERNAL: the caller gets their output apart and adds it. NO_OVERLAP:
-        before the
-    routed experts. MK_INTERNAL_OVERLAPPED: between dispatch and combine of a dispatcher that waits
-    on other ranks. MULTI_STREAM_OVERLAPPED: on an auxiliary stream beside gate, router and
-    experts. FUSED: as extra slots of the routed experts.
+        before the routed experts. SUMMED: each of the ranks that hold the same tokens runs a part
+        of them, which is summed over the ranks with the routed experts' results.
+    MK_INTERNAL_OVERLAPPED: between dispatch and combine of a dispatcher that waits on other ranks.
+    MULTI_STREAM_OVERLAPPED: on an auxiliary stream beside gate, router and experts. FUSED: as
+        extra slots of the routed experts.
     """
 
     NONE = "none"
     EXTERNAL = "external"
     NO_OVERLAP = "no_overlap"
+    SUMMED = "summed"
     MK_INTERNAL_OVERLAPPED = "mk_internal_overlapped"
     MULTI_STREAM_OVERLAPPED = "multi_stream_overlapped"
     FUSED = "fused"
@@ -111,6 +113,12 @@ class MoEConfig:
     deterministic: bool = False
     debug: bool = False
     activation_dtype: ActivationDtype | None = None
+
+    @property
+    def adds_shared_to_rows(self) -> bool:
+        """Whether nothing is done to the routed experts' sum before the shared ones are added."""
+        is_added = self.shared is not None and not self.shared.is_external
+        return is_added and not self.has_latent and self.routing.output_scale == 1.0
 
     def __post_init__(self) -> None:
         require_positive("hidden_size", self.hidden_size)

@@ -13,12 +13,14 @@ class DispatcherName(Choice):
 
     ALL_REDUCE: every rank runs its experts on the tokens that all ranks hold, and the results are
     summed. ALL_GATHER: every rank gets every rank's rows, and results are reduced and scattered.
-    ALL_TO_ALL: a row goes once to each rank that has experts of its.
+    ALL_TO_ALL: a row goes once to each rank that has experts of its. DEEP_EP: the same by the
+    package of that name, on GPUs.
     """
 
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     ALL_TO_ALL = "all_to_all"
+    DEEP_EP = "deep_ep"
 
 
 class TokensHeld(Choice):

@@ -29,6 +29,7 @@ class AllReduceDispatcher(Dispatcher):
     name: ClassVar[str] = "all_reduce"
     is_remote: ClassVar[bool] = True
     is_capturable: ClassVar[bool] = True
+    needs_same_replicas: ClassVar[bool] = True
 
     def __init__(
         self, transport: Transport, slots: SlotTables, *, wants_terms: bool = False
@@ -36,6 +37,7 @@ class AllReduceDispatcher(Dispatcher):
         self.transport = transport
         self.slots = slots
         self.wants_terms = wants_terms
+        self.part = None if wants_terms else (transport.rank, transport.size)
 
     def dispatch(
         self,

@@ -9,9 +9,12 @@ from mixtura.dispatch.all_gather import AllGatherDispatcher
 from mixtura.dispatch.all_reduce import AllReduceDispatcher
 from mixtura.dispatch.all_to_all import AllToAllDispatcher
 from mixtura.dispatch.contract import Dispatcher
+from mixtura.dispatch.deep_ep import DeepEpDispatcher, deep_ep_cannot
 from mixtura.dispatch.local import LocalDispatcher
 from mixtura.dispatch.shared_batch import SharedBatchDispatcher
+from mixtura.errors import ConfigError
 from mixtura.parallel.ranks import Spread
+from mixtura.parallel.transport import TorchTransport
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,11 @@ GATHER_FROM = 0.9
 
 
 def dispatcher_for(config: MoEConfig, spread: Spread | None) -> Dispatcher:
-    """The dispatcher of a layer."""
+    """The dispatcher of a layer.
+
+    Raises:
+        ConfigError: one was asked for that cannot serve it.
+    """
     if spread is None:
         return LocalDispatcher()
     parallel, transport, slots = spread.ranks.config, spread.ranks.transport, spread.slots
@@ -76,7 +83,16 @@ def dispatcher_for(config: MoEConfig, spread: Spread | None) -> Dispatcher:
     if choice.name is DispatcherName.ALL_REDUCE:
         return AllReduceDispatcher(transport, slots, wants_terms=terms)
     inner: Dispatcher
-    if choice.name is DispatcherName.ALL_GATHER:
+    if choice.name is DispatcherName.DEEP_EP:
+        reason = deep_ep_cannot(config, spread)
+        if reason is not None:
+            raise ConfigError(
+                f"dispatcher (deep_ep) must be able to serve the layer; got: {reason}. Use "
+                f"all_to_all."
+            )
+        assert isinstance(transport, TorchTransport)
+        inner = DeepEpDispatcher(transport, spread.placement.topology.num_physical_experts)
+    elif choice.name is DispatcherName.ALL_GATHER:
         inner = AllGatherDispatcher(transport, slots, wire=parallel.wire, wants_terms=terms)
     else:
         inner = AllToAllDispatcher(

@@ -30,6 +30,9 @@ class Dispatcher(ABC):
         name: what the configuration calls it.
         is_remote: there are other ranks to wait for, so that work can be done meanwhile.
         is_capturable: it can run inside a CUDA graph.
+        needs_same_replicas: every rank must choose the same replica of an expert for a token.
+        part: (rank, ranks) where `combine` sums the rows of ranks that hold the same tokens: what
+            each adds to its rows is in the sum.
         needs_counts: `dispatch` must be told how many rows every rank brings.
         wants_terms: `combine` takes every slot's term (M,K,H) in fp32 instead of their sums, and
             adds them itself in the order of the slots.
@@ -38,6 +41,8 @@ class Dispatcher(ABC):
     name: ClassVar[str]
     is_remote: ClassVar[bool]
     is_capturable: ClassVar[bool]
+    needs_same_replicas: ClassVar[bool] = False
+    part: tuple[int, int] | None = None
     needs_counts: bool = False
     wants_terms: bool = False
 

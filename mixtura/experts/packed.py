@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
-from mixtura.errors import GradientUnsupported, InputError
+from mixtura.errors import ConfigError, GradientUnsupported, InputError
 from mixtura.experts.storage import Storage, read_weights, tensor_of
 from mixtura.kernels import ExpertsKernel, KernelDecision, select_kernel
 from mixtura.kernels.keys import Keys
@@ -226,6 +226,25 @@ class PackedExperts(nn.Module):
             )
         has_one_dtype = problem.is_dense and self.row_dtype is None
         check_rows(rows, problem.device, problem.weight_dtype if has_one_dtype else None)
+
+    def slots(self) -> dict[str, Tensor]:
+        """The tensors in which the chosen kernel keeps the experts, (L, ...) each, to be moved.
+
+        They are packed now if they are not; what is written to a row is what that expert is.
+
+        Raises:
+            ConfigError: the kernel's experts cannot be moved.
+        """
+        first = self.problem(self.row_dtype or torch.float32, needs_grad=False)
+        dtype = self.row_dtype or (first.weight_dtype if first.is_dense else torch.bfloat16)
+        kernel = self.decide(replace(first, row_dtype=dtype)).kernel
+        found = kernel.slots(self.pack(kernel))
+        if found is None:
+            raise ConfigError(
+                f"the kernel ({kernel.name}) must be able to move experts to balance their load; "
+                f"got one that cannot. Choose another kernel, or turn balancing off."
+            )
+        return found
 
     def pack(self, kernel: ExpertsKernel) -> Any:
         """The weights as `kernel` wants them: remembered, or packed now."""

@@ -12,6 +12,7 @@ from mixtura.config import SharedExpertsConfig, SharedExpertsOrder
 from mixtura.kernels.contract import sum_dtype
 from mixtura.kernels.reference.activation import activate
 from mixtura.kernels.reference.linear import linear_by_row
+from mixtura.types import split_evenly
 
 
 def shared_experts_order(
@@ -20,17 +21,20 @@ def shared_experts_order(
     device_type: str,
     num_tokens: int,
     is_remote: bool,
+    is_summed: bool,
     is_tracing: bool,
 ) -> SharedExpertsOrder:
     """When shared experts run in this call. Pure, so that every caller decides alike.
 
-    `is_remote`: the dispatcher waits on other ranks, which is time to use. Under tracing the
-    auxiliary stream is not used.
+    `is_remote`: the dispatcher waits on other ranks, which is time to use. `is_summed`: each of
+    them can run a part. Under tracing the auxiliary stream is not used.
     """
     if config is None:
         return SharedExpertsOrder.NONE
     if config.is_external:
         return SharedExpertsOrder.EXTERNAL
+    if is_summed:
+        return SharedExpertsOrder.SUMMED
     if is_remote:
         return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
     if (
@@ -133,10 +137,50 @@ class SharedExperts(nn.Module):
         out = project(self.down_proj, hidden)
         return out if gate_weight is None else linear_by_row(row, gate_weight).sigmoid() * out
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether parts can be taken of the maps: plain ones, that nobody watches."""
+        maps = [self.up_proj, self.down_proj, self.gate_proj]
+        return not self.is_row_invariant and all(
+            one is None
+            or (type(one) is nn.Linear and not one._forward_hooks and not one._forward_pre_hooks)
+            for one in maps
+        )
+
+    def run_part(
+        self, hidden_states: Tensor, gate_weight: Tensor | None, part: int, parts: int
+    ) -> Tensor:
+        """What one of `parts` cuts of the width adds to the output: (T,H) -> (T,H)."""
+        bounds = split_evenly(self.shared_config.intermediate_size, parts)
+        cut = slice(bounds[part], bounds[part + 1])
+
+        def cut_rows(linear: nn.Linear) -> Tensor:
+            bias = None if linear.bias is None else linear.bias[cut]
+            return F.linear(hidden_states, linear.weight[cut], bias)
+
+        up = cut_rows(self.up_proj)
+        if self.gate_proj is None:
+            hidden = activate(up, None, self.shared_config.activation)
+        else:
+            hidden = activate(cut_rows(self.gate_proj), up, self.shared_config.activation)
+        bias = self.down_proj.bias if part == 0 else None
+        out = F.linear(hidden, self.down_proj.weight[:, cut], bias)
+        return out if gate_weight is None else F.linear(hidden_states, gate_weight).sigmoid() * out
+
     def start(
-        self, hidden_states: Tensor, gate_weight: Tensor | None, order: SharedExpertsOrder
+        self,
+        hidden_states: Tensor,
+        gate_weight: Tensor | None,
+        order: SharedExpertsOrder,
+        part: tuple[int, int] | None = None,
     ) -> SharedTask:
-        """Begin; on an auxiliary stream for MULTI_STREAM_OVERLAPPED, else at once."""
+        """Begin; on an auxiliary stream for MULTI_STREAM_OVERLAPPED, else at once.
+
+        `part` is this rank's, as (number, of how many), for SUMMED.
+        """
+        if order is SharedExpertsOrder.SUMMED:
+            assert part is not None
+            return SharedTask(self.run_part(hidden_states, gate_weight, *part))
         if order is not SharedExpertsOrder.MULTI_STREAM_OVERLAPPED:
             return SharedTask(self(hidden_states, gate_weight))
         stream = _auxiliary_stream(hidden_states.device)

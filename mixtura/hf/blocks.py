@@ -233,11 +233,16 @@ class FamilyMoE(FusedMoE):
         return self.finish_routing(choice, tokens, gate.router_tensors(bias))
 
     def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:
+        shared, gate = self.shared_module, self.spec.shared_gate
+        weight = getattr(self, gate).weight if gate is not None else None
+        return shared.start(hidden_states, weight, order, self.dispatcher.part)
+
+    @property
+    def shared_module(self) -> SharedExperts:
+        """The family's shared MLP."""
         assert self.spec.shared is not None
         shared: SharedExperts = getattr(self, self.spec.shared)
-        gate = self.spec.shared_gate
-        weight = getattr(self, gate).weight if gate is not None else None
-        return shared.start(hidden_states, weight, order)
+        return shared
 
     def run_experts(self, batch: ExpertBatch, *, reduce: bool = True) -> Tensor:
         assert self.spec.experts is not None

@@ -74,6 +74,15 @@ class ExpertsKernel(ABC):
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
         """The inverse of `pack`, bit for bit."""
 
+    def slots(self, packed: Any) -> dict[str, Tensor] | None:
+        """The tensors that hold the experts, (L, ...) each; None where experts cannot be moved.
+
+        Copying row `i` of every one over row `j` of another layer's makes expert `j` there what
+        `i` is here, at the same addresses; both must be packed from weights of one scheme and
+        configuration.
+        """
+        return None
+
     @abstractmethod
     def run(
         self,

@@ -96,7 +96,8 @@ class Placement:
         table = self.physical_to_logical
         check_table(table, (self.topology.num_physical_experts,))
         check_experts(table.numpy()[None], self.num_experts)
-        object.__setattr__(self, "physical_to_logical", table.clone())
+        copy = table.clone(memory_format=torch.contiguous_format)
+        object.__setattr__(self, "physical_to_logical", copy)
 
     @classmethod
     def linear(cls, num_experts: int, topology: Topology) -> Self:
@@ -224,7 +225,8 @@ class ModelPlacement:
         num_layers = table.shape[0] if table.ndim else 0
         check_table(table, (max(num_layers, 1), self.topology.num_physical_experts))
         check_experts(table.numpy(), self.num_experts)
-        object.__setattr__(self, "physical_to_logical", table.clone())
+        copy = table.clone(memory_format=torch.contiguous_format)
+        object.__setattr__(self, "physical_to_logical", copy)
 
     @classmethod
     def stack(cls, layers: Sequence[Placement], version: int = 0) -> Self:
@@ -365,7 +367,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], Tensor]:
 
 
 def check_alike(old: Placement | ModelPlacement, new: Placement | ModelPlacement) -> None:
-    """Raise `InputError` unless both place the same experts, in as many layers, on equal slots."""
+    """Raise `InputError` unless layers, experts and slots are as many in both."""
     for name, was, now in (
         ("slots_per_rank", old.topology.slots_per_rank, new.topology.slots_per_rank),
         ("num_experts", old.num_experts, new.num_experts),

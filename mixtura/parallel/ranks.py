@@ -163,6 +163,6 @@ class Spread:
             )
         return replace(experts, num_experts=self.num_local_experts, intermediate_size=width // cuts)
 
-    def place(self, topk_ids: Tensor) -> Tensor:
+    def to_physical(self, topk_ids: Tensor) -> Tensor:
         """Logical ids (T,K) -> physical ids (T,K): every expert's first replica."""
         return topk_ids if self.first_replica is None else self.first_replica[topk_ids.long()]

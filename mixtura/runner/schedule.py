@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtura.config import MoEConfig, SharedExpertsOrder
 from mixtura.dispatch import Dispatcher
 from mixtura.experts import SharedTask, shared_experts_order
-from mixtura.types import ExpertBatch, Routing, StepContext, TokenInputs
+from mixtura.types import ExpertBatch, Partial, Routing, StepContext, TokenInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,9 @@ class LayerParts(Protocol):
     @property
     def dispatcher(self) -> Dispatcher: ...
 
+    @property
+    def sums_shared(self) -> bool: ...
+
     def step(self, num_tokens: int) -> StepContext: ...
 
     def route(self, hidden_states: Tensor, tokens: TokenInputs) -> Routing: ...
@@ -61,6 +64,14 @@ Schedule = Iterator[LayerOutput | None]
 """Yields None where another batch may run, and the output at its end."""
 
 
+BEFORE_ROUTING = (
+    SharedExpertsOrder.EXTERNAL,
+    SharedExpertsOrder.NO_OVERLAP,
+    SharedExpertsOrder.MULTI_STREAM_OVERLAPPED,
+)
+"""Orders in which nothing is there that shared experts could wait for."""
+
+
 def one_batch(
     layer: LayerParts,
     hidden_states: Tensor,
@@ -77,15 +88,13 @@ def one_batch(
         device_type=hidden_states.device.type,
         num_tokens=hidden_states.shape[0],
         is_remote=layer.dispatcher.is_remote,
+        is_summed=layer.sums_shared,
         is_tracing=torch.compiler.is_compiling(),
     )
     shared: SharedTask | None = None
-    if order in (SharedExpertsOrder.MULTI_STREAM_OVERLAPPED, SharedExpertsOrder.EXTERNAL):
+    if order in BEFORE_ROUTING:
         shared = layer.start_shared(hidden_states, order)
     routing = layer.route(hidden_states, tokens)
-    if order is SharedExpertsOrder.NO_OVERLAP:
-        shared = layer.start_shared(hidden_states, order)
-
     expert_input = layer.enter_experts(hidden_states)
     physical_ids = layer.place(routing.topk_ids)
     dispatched = layer.dispatcher.dispatch(
@@ -94,6 +103,10 @@ def one_batch(
     yield None
     arrived = dispatched.wait()
     rows = layer.run_experts(arrived.batch, reduce=not layer.dispatcher.wants_terms)
+    if order is SharedExpertsOrder.SUMMED:
+        ranks = layer.dispatcher
+        part = Partial(layer.start_shared(hidden_states, order).result(), ranks)
+        rows = (Partial(rows, ranks) + part).tensor
     combined = layer.dispatcher.combine(rows, arrived.handle)
     if order is SharedExpertsOrder.MK_INTERNAL_OVERLAPPED:
         shared = layer.start_shared(hidden_states, order)

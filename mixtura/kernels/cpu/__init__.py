@@ -115,6 +115,15 @@ class CpuKernel(ExpertsKernel):
         assert isinstance(packed, PackedLayer)
         return unpack_layer(packed)
 
+    def slots(self, packed: Any) -> dict[str, Tensor]:
+        assert isinstance(packed, PackedLayer)
+        projections = {"gate_up": packed.gate_up, "down": packed.down}
+        return {
+            f"{role}.{name}": tensor
+            for role, panels in projections.items()
+            for name, tensor in panels.tensors.items()
+        }
+
     def run(
         self,
         packed: Any,

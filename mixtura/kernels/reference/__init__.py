@@ -63,6 +63,10 @@ class ReferenceKernel(ExpertsKernel):
         assert isinstance(packed, ExpertWeights)
         return packed
 
+    def slots(self, packed: Any) -> dict[str, Tensor]:
+        assert isinstance(packed, ExpertWeights)
+        return packed.slots()
+
     def run(
         self,
         packed: Any,
