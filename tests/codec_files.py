@@ -124,8 +124,17 @@ def e8m0_codes(*shape: int) -> Tensor:
     return torch.randint(0, 255, shape, dtype=U8)
 
 
-def words(*shape: int) -> Tensor:
+def random_words(*shape: int) -> Tensor:
     return torch.randint(-(2**31), 2**31, shape, dtype=I64).to(I32)
+
+
+def code_at(stream: list[int], index: int, bits: int) -> int:
+    """Code `index` of a stream of 32-bit words, bit by bit."""
+    code = 0
+    for bit in range(bits):
+        word, shift = divmod(index * bits + bit, 32)
+        code |= (stream[word] >> shift & 1) << bit
+    return code
 
 
 def word(*values: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_files import random_words
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
@@ -22,10 +23,6 @@ BF16 = torch.bfloat16
 def config(packing: str | None = "auto_round:auto_gptq", **changes: Any) -> dict[str, Any]:
     base = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": True}
     return {**base, "data_type": "int", "packing_format": packing, **changes}
-
-
-def random_words(*shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(INT32)
 
 
 def gptq_parts() -> dict[str, Tensor]:
@@ -162,7 +159,7 @@ def test_awq_modules_are_awq_modules() -> None:
         ({"extra_config": []}, None),
         ({"extra_config": ["x"]}, "extra_config"),
         ({"extra_config": {"x": 4}}, "extra_config .*settings"),
-        ({"extra_config": {"(x": {}}}, "extra_config .*regular expressions"),
+        ({"extra_config": {"(x": {}}}, "extra_config .*regular expression"),
         ({"extra_config": {"x": {"bits": 7}}}, "bits"),
     ],
     ids=str,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_files import random_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,10 +25,6 @@ NIBBLE_OF_FEATURE = [0, 4, 1, 5, 2, 6, 3, 7]
 def config(**changes: Any) -> dict[str, Any]:
     base = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True}
     return {**base, "version": "gemm", **changes}
-
-
-def random_words(*shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(INT32)
 
 
 def random_parts(num_rows: int, num_columns: int, size: int = 16) -> dict[str, Tensor]:

@@ -25,13 +25,13 @@ from codec_files import (
     floats8,
     format_of,
     golden,
+    random_words,
     raw,
     read,
     refuse,
     weight,
     with_value,
     word,
-    words,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,12 +193,12 @@ def test_random_words_are_written_back_bit_for_bit(data: st.DataObject) -> None:
         return -(-num_codes * bits // 32) if is_dense else -(-num_codes // per_word)
 
     parts = {
-        "weight_packed": words(num_rows, count(num_columns)),
+        "weight_packed": random_words(num_rows, count(num_columns)),
         "weight_scale": torch.randn(num_rows, groups).to(BF16),
         "weight_shape": torch.tensor([num_rows, num_columns]),
     }
     if not is_symmetric:
-        parts["weight_zero_point"] = words(count(num_rows), groups)
+        parts["weight_zero_point"] = random_words(count(num_rows), groups)
     settings = ints(bits, "channel" if is_channel else "group", symmetric=is_symmetric)
     decoded = assert_written_back(codec(settings), parts)
     assert decoded.matrix.shape == (num_rows, num_columns)
@@ -297,7 +297,7 @@ def test_zero_points_that_symmetric_codes_ignore() -> None:
     idle["weight_zero_point"] = with_value(idle["weight_zero_point"], 1)
     refuse(codec(ints(8, "channel")), idle, "weight_zero_point must be 0")
 
-    packed = {"weight_packed": words(8, 4), "weight_scale": torch.ones(8, 1)}
+    packed = {"weight_packed": random_words(8, 4), "weight_scale": torch.ones(8, 1)}
     packed["weight_zero_point"] = torch.full((1, 1), 0x88888888 - 2**32).to(I32)
     assert_written_back(codec(ints(4)), packed)
     floating = {"weight": floats8(4, 32), "weight_scale": torch.ones(1)}
@@ -393,9 +393,9 @@ def test_a_matrix_that_was_not_read_from_a_file_can_be_written() -> None:
 
     settings = ints(4, symmetric=False)
     parts = {
-        "weight_packed": words(8, 8),
+        "weight_packed": random_words(8, 8),
         "weight_scale": torch.ones(8, 2),
-        "weight_zero_point": words(1, 2),
+        "weight_zero_point": random_words(1, 2),
         "weight_shape": torch.tensor([8, 64]),
     }
     format = format_of(codec(settings), parts)
@@ -409,9 +409,9 @@ def test_a_matrix_that_was_not_read_from_a_file_can_be_written() -> None:
 
 def test_a_stack_of_experts() -> None:
     parts = {
-        "weight_packed": words(3, 8, 8),
+        "weight_packed": random_words(3, 8, 8),
         "weight_scale": torch.rand(3, 8, 2),
-        "weight_zero_point": words(3, 1, 2),
+        "weight_zero_point": random_words(3, 1, 2),
         "weight_shape": torch.tensor([3, 8, 64]),
     }
     decoded = assert_written_back(codec(ints(4, symmetric=False)), parts)
@@ -476,9 +476,9 @@ VALID: dict[str, tuple[dict[str, Any], Any]] = {
     "int4": (
         ints(4, symmetric=False),
         lambda: {
-            "weight_packed": words(8, 8),
+            "weight_packed": random_words(8, 8),
             "weight_scale": torch.ones(8, 2).to(BF16),
-            "weight_zero_point": words(1, 2),
+            "weight_zero_point": random_words(1, 2),
             "weight_shape": torch.tensor([8, 64]),
         },
     ),
@@ -691,8 +691,8 @@ def parts_of_preset(name: str) -> Parts:
         return {part: codes, "weight_scale": e8m0_codes(8, 8)}
     if name.startswith("FP8"):
         return {"weight": floats8(8, 256), "weight_scale": scale}
-    parts = {"weight_packed": words(8, 8 * bits), "weight_scale": scale}
-    return parts | ({"weight_zero_point": words(1, 2)} if name.endswith("ASYM") else {})
+    parts = {"weight_packed": random_words(8, 8 * bits), "weight_scale": scale}
+    return parts | ({"weight_zero_point": random_words(1, 2)} if name.endswith("ASYM") else {})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -704,7 +704,7 @@ def test_presets(name: str) -> None:
 
 
 def test_a_preset_that_has_meant_rows_too() -> None:
-    parts = {"weight_packed": words(8, 64), "weight_scale": torch.ones(8, 1)}
+    parts = {"weight_packed": random_words(8, 64), "weight_scale": torch.ones(8, 1)}
     matrix = read(codec_of(config_groups={"W8A16": ["Linear"]}), parts).matrix
     assert matrix.scheme.group_shape == (1, None)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_files import code_at, random_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,19 +44,6 @@ def random_parts(
         "scales": torch.randn(num_groups, num_rows).to(torch.float16),
     }
     return parts if groups is None else {**parts, "g_idx": groups.to(INT32)}
-
-
-def random_words(*shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(INT32)
-
-
-def code_at(stream: list[int], index: int, bits: int) -> int:
-    """Code `index` of a stream of 32-bit words, bit by bit."""
-    code = 0
-    for bit in range(bits):
-        word, shift = divmod(index * bits + bit, 32)
-        code |= (stream[word] >> shift & 1) << bit
-    return code
 
 
 def plain_loop(settings: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
@@ -341,7 +329,7 @@ def test_the_shape_of_the_model_must_be_that_of_the_file() -> None:
         ({"checkpoint_format": "marlin"}, "checkpoint_format"),
         ({"checkpoint_format": None, "format": "gptq_p"}, "checkpoint_format .*gptq_p"),
         ({"dynamic": ["x"]}, "dynamic"),
-        ({"dynamic": {"+:(": {}}}, "dynamic .*regular expressions"),
+        ({"dynamic": {"+:(": {}}}, "dynamic .*regular expression"),
         ({"dynamic": {"+:x": 4}}, "dynamic .*settings"),
         ({"dynamic": {"+:x": {"bits": 6}}}, "bits"),
     ],

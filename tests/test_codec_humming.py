@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_files import code_at, random_words
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
@@ -21,18 +22,6 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
 def config(**changes: Any) -> dict[str, Any]:
     base = {"quant_method": "humming", "b_dtype": "uint4", "weight_scale_group_size": 16}
     return {**base, "has_zero_point": False, **changes}
-
-
-def random_words(*shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(INT32)
-
-
-def code_at(stream: list[int], index: int, bits: int) -> int:
-    code = 0
-    for bit in range(bits):
-        word, shift = divmod(index * bits + bit, 32)
-        code |= (stream[word] >> shift & 1) << bit
-    return code
 
 
 def read(settings: dict[str, Any], parts: dict[str, Tensor]) -> tuple[HummingFormat, Decoded]:

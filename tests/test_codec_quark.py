@@ -24,13 +24,13 @@ from codec_files import (
     floats8,
     format_of,
     golden,
+    random_words,
     raw,
     read,
     refuse,
     weight,
     with_value,
     word,
-    words,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,9 +278,9 @@ def test_random_words_are_written_back_bit_for_bit(data: st.DataObject) -> None:
     )
     groups, row_words = -(-num_columns // 32), -(-num_rows // 8)
     parts = {
-        "weight": words(num_columns, row_words),
+        "weight": random_words(num_columns, row_words),
         "weight_scale": torch.randn(groups, num_rows),
-        "weight_zero_point": words(groups, row_words),
+        "weight_zero_point": random_words(groups, row_words),
     }
     found = codec(spec(dtype, "per_group", 32, symmetric=False), pack_method=pack_method)
     decoded = assert_written_back(found, parts, (num_rows, num_columns))
@@ -327,9 +327,9 @@ def test_input_scales_that_are_missing_or_superfluous() -> None:
 
 def int4_groups() -> Parts:
     return {
-        "weight": words(64, 2),
+        "weight": random_words(64, 2),
         "weight_scale": torch.ones(2, 16),
-        "weight_zero_point": words(2, 2),
+        "weight_zero_point": random_words(2, 2),
     }
 
 
@@ -337,12 +337,12 @@ VALID: dict[str, tuple[Quark, Any]] = {
     "int4": (codec(UINT4), int4_groups),
     "channels": (
         codec(spec("int4", "per_channel")),
-        lambda: {"weight": words(16, 5), "weight_scale": torch.ones(16)},
+        lambda: {"weight": random_words(16, 5), "weight_scale": torch.ones(16)},
     ),
     "two stages": (
         codec(TWO_STAGES),
         lambda: {
-            "weight": words(16, 5),
+            "weight": random_words(16, 5),
             "weight_scale": torch.tensor(1.0),
             "weight_scale_2": torch.ones(16),
         },
@@ -431,7 +431,7 @@ def test_our_own_matrices_can_be_written() -> None:
 
 
 def test_layers_are_looked_up_by_pattern_then_class_then_globally() -> None:
-    parts = {"weight": words(8, 5), "weight_scale": torch.ones(8)}
+    parts = {"weight": random_words(8, 5), "weight_scale": torch.ones(8)}
     fp8 = {"weight": floats8(4, 32), "weight_scale": torch.tensor(1.0)}
     found = codec(
         FP8,

@@ -6,6 +6,7 @@ sound one loads. What can be seen by no reader is listed (`UNSEEN`, and in docs/
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -148,6 +149,7 @@ def part_faults(name: str, value: Tensor) -> Iterator[tuple[str, Damage]]:
     yield "renamed", move(f"{name}x")
     yield "renumbered", move(name.replace("experts.1.", "experts.7."))
     yield "dropped", drop
+    yield "duplicated", lambda tensors: tensors.update({name.removeprefix("model."): value.clone()})
     if value.dim() == 2 and value.shape[0] != value.shape[1]:
         yield "transposed", put(value.mT)
     if value.dim():
@@ -190,7 +192,7 @@ def test_a_fault_of_one_tensor_is_named(sound: Path, tmp_path: Path) -> None:
             tensors = dict(stored)
             damage(tensors)
             path = damaged(sound, tmp_path / "damaged", tensors)
-            found = verdict(path, sound, STEM, STEM.replace("experts.1.", "experts.7."))
+            found = verdict(path, sound, STEM.removeprefix("model."), "experts.7.up_proj")
             may_be = any(
                 sound.name.startswith(format) and [part, fault] == rest
                 for format, *rest in HARMLESS
@@ -274,6 +276,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "awq": [{"group_size": 16}, {"group_size": -1}, {"zero_point": True}],
     "ct": [{"num_bits": 8}, {"num_bits": 4}, {"group_size": 16}, {"symmetric": False}],
     "quark": [{"group_size": 16}, {"symmetric": False}],
+    "fp8": [{"weight_block_size": [16, 16]}],
     "mxfp8": [{"weight_block_size": [16, 16]}],
 }
 """Settings that contradict the files, by the beginning of a format's name."""
@@ -298,6 +301,25 @@ def test_a_configuration_that_contradicts_the_headers(sound: Path, tmp_path: Pat
             path = damaged(sound, tmp_path / "damaged", stored, **changed)
             found[str(settings)] = verdict(path, sound, "_proj")
     assert set(found.values()) <= {"named", "harmless"}, found
+
+
+OTHER_SIZES = [
+    ("num_experts", 2),
+    ("num_experts", 4),
+    ("hidden_size", 128),
+    ("moe_intermediate_size", 64),
+    ("num_hidden_layers", 2),
+]
+"""Sizes in config.json that the files do not have."""
+
+
+@pytest.mark.parametrize(("size", "value"), OTHER_SIZES)
+@pytest.mark.parametrize("sound", ONE_OF_A_FAMILY, indirect=True)
+def test_sizes_that_contradict_the_headers(sound: Path, size: str, value: int) -> None:
+    other = copy.deepcopy(CONFIG)
+    setattr(other, size, value)
+    with pytest.raises(CheckpointError, match=r"(model\.layers\.|lm_head\.)\S+"):
+        PackedLoad(check_moe(other), checkpoint_of(sound))
 
 
 @pytest.mark.parametrize("sound", ONE_OF_A_FAMILY, indirect=True)

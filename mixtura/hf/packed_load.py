@@ -21,6 +21,7 @@ from mixtura.config import GatePrecision, GateUp, RunnerConfig
 from mixtura.experts import ExpertsOptions
 from mixtura.hf.adopt import get_attribute
 from mixtura.hf.blocks import BlockOptions
+from mixtura.hf.checkpoint import TensorHeader
 from mixtura.hf.contents import check_contents
 from mixtura.hf.convert import plan_layers
 from mixtura.hf.experts import ExpertsPlan
@@ -67,7 +68,6 @@ class PackedLoad:
         self, empty: PreTrainedModel, checkpoint: StoredCheckpoint, *, packs_linears: bool = True
     ) -> None:
         self.checkpoint = checkpoint
-        self.stored: StoredModel = match_headers(empty, checkpoint.headers)
         blocks, alone, _ = plan_layers(
             empty,
             BlockOptions(
@@ -82,6 +82,7 @@ class PackedLoad:
             for name, block in blocks.items()
         } | alone
         places = Places(empty)
+        self.stored: StoredModel = match_headers(empty, _as_dense(checkpoint, plans, places))
         self.experts: dict[str, PackedModule] = {}
         for path, plan in plans.items():
             if not self._is_packed(path, plan):
@@ -287,6 +288,28 @@ class LazyTensor:
     def get_shape(self) -> list[int]:
         """The shape, from the header."""
         return list(self.checkpoint.headers[self.name].shape)
+
+
+def _as_dense(
+    checkpoint: StoredCheckpoint, plans: Mapping[str, ExpertsPlan], places: Places
+) -> Mapping[str, TensorHeader]:
+    """Headers as an unquantized checkpoint would have them.
+
+    A packed stack is (E, N, K) in every format. Where a model keeps its dense one as (E, K, N), as
+    gpt-oss does, that is its header.
+    """
+    transposed = {
+        f"{path}.{stored.path}"
+        for path, plan in plans.items()
+        for stored in plan.storage.values()
+        if stored.is_transposed
+    }
+    headers = dict(checkpoint.headers)
+    for name in checkpoint.packed:
+        shape = headers[name].shape
+        if len(shape) == 3 and places.find(name)[0] in transposed:
+            headers[name] = replace(headers[name], shape=(shape[0], shape[2], shape[1]))
+    return headers
 
 
 def _below(parts: Iterable[QuantizedMatrix], dtype: torch.dtype) -> QuantizedMatrix:

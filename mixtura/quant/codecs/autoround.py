@@ -22,6 +22,7 @@ from mixtura.quant.codecs.checks import (
     read_setting,
 )
 from mixtura.quant.codecs.contract import Codec, Header, MatrixFormat
+from mixtura.quant.codecs.module_names import compiled_pattern
 from mixtura.quant.codecs.registry import codec_class
 
 _UNQUANTIZED_BITS = 16
@@ -188,15 +189,7 @@ def _override(key: str, settings: Any, config: Mapping[str, Any]) -> Codec | Non
 
 
 def _name_or_pattern(key: str) -> str | re.Pattern[str]:
-    if not _PATTERN_SIGNS & set(key):
-        return key
-    try:
-        return re.compile(key)
-    except re.error as error:
-        raise CheckpointError(
-            f"extra_config ({key!r}) must have names or regular expressions as keys; got {error}. "
-            f"Fetch the configuration again."
-        ) from None
+    return compiled_pattern("extra_config", key) if _PATTERN_SIGNS & set(key) else key
 
 
 def _flatten(blocks: Any) -> list[str]:

@@ -41,6 +41,7 @@ from mixtura.quant.codecs.contract import (
     MatrixFormat,
     Part,
 )
+from mixtura.quant.codecs.module_names import compiled_pattern
 from mixtura.quant.codecs.words import bytes_of, count_codes, count_words, words_of
 from mixtura.quant.packing import pack_codes, unpack_codes
 from mixtura.quant.scheme import Code, QuantizedMatrix, QuantScheme, ZeroPoint
@@ -280,13 +281,7 @@ def _rule(
     """One entry of `dynamic`: `-:pattern` leaves modules unquantized, `+:pattern` or a bare one
     overrides settings."""
     is_excluded = key.startswith("-:")
-    try:
-        pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
-    except re.error as error:
-        raise CheckpointError(
-            f"dynamic ({key!r}) must have regular expressions as keys; got {error}. Fetch the "
-            f"configuration again."
-        ) from None
+    pattern = compiled_pattern("dynamic", key.removeprefix("-:").removeprefix("+:"))
     if is_excluded:
         return pattern, None
     if not isinstance(settings, Mapping):

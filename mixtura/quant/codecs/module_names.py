@@ -12,6 +12,7 @@ from mixtura.errors import CheckpointError
 from mixtura.quant.codecs.checks import matches_fragment
 
 REGEX_PREFIX = "re:"
+_SETTING = "quantization_config"
 _WILDCARDS = "*?["
 _STACKS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -56,14 +57,15 @@ def matches_regex(module: str, entry: str) -> bool:
     Raises:
         CheckpointError: it is no regular expression.
     """
-    return _compiled(entry.removeprefix(REGEX_PREFIX)).match(module) is not None
+    pattern = compiled_pattern(_SETTING, entry.removeprefix(REGEX_PREFIX))
+    return pattern.match(module) is not None
 
 
 def _matches(module: str, entry: str) -> bool:
     if entry.startswith(REGEX_PREFIX):
         return matches_regex(module, entry)
     if any(character in entry for character in _WILDCARDS):
-        pattern = _compiled(fnmatch.translate(entry))
+        pattern = compiled_pattern(_SETTING, fnmatch.translate(entry))
         components = module.split(".")
         ancestors = (".".join(components[: end + 1]) for end in range(len(components)))
         return any(pattern.match(ancestor) for ancestor in ancestors)
@@ -71,11 +73,16 @@ def _matches(module: str, entry: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def compiled_pattern(setting: str, pattern: str) -> re.Pattern[str]:
+    """A regular expression of a configuration, whose setting is named in the error.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:
         raise CheckpointError(
-            f"quantization_config (pattern {pattern!r}) must be a regular expression; got "
-            f"{error}. Correct it in config.json."
+            f"{setting} (pattern {pattern!r}) must be a regular expression; got {error}. Correct "
+            f"it in config.json."
         ) from None
