@@ -29,7 +29,7 @@ from mixtura.errors import MixturaError
 from mixtura.plugin import offer_experts
 
 if TYPE_CHECKING:
-    from mixtura.hf import convert, from_pretrained
+    from mixtura.hf import convert, from_pretrained, packed_config
     from mixtura.layer import FusedMoE, is_moe_layer
     from mixtura.routing import create_router
     from mixtura.types import Routing, TokenInputs
@@ -56,6 +56,7 @@ __all__ = [
     "create_router",
     "from_pretrained",
     "is_moe_layer",
+    "packed_config",
 ]
 
 _LATE = {
@@ -66,6 +67,7 @@ _LATE = {
     "create_router": "mixtura.routing",
     "from_pretrained": "mixtura.hf",
     "is_moe_layer": "mixtura.layer",
+    "packed_config": "mixtura.hf",
 }
 """Names whose modules need torch, imported when first asked for."""
 

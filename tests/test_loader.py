@@ -305,6 +305,18 @@ def test_pages_that_were_read_are_given_back(file: Path) -> None:
 
 
 @linux
+def test_pages_are_given_back_now_and_then(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = MappedFiles([file])
+    view = mapped(file)
+    assert view[:] == file.read_bytes()
+    monkeypatch.setattr("mixtura.hf.mapped.RELEASE_BYTES", 100)
+    for num_bytes, is_left in ((60, True), (39, True), (1, False), (99, True), (1, False)):
+        assert view[0] == ord("x")
+        files.count(num_bytes)
+        assert (resident_bytes(file) > 0) is is_left
+
+
+@linux
 def test_pages_that_were_changed_are_not_lost(file: Path) -> None:
     files = MappedFiles([file])
     view = mapped(file)

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 from packed_files import formats, write_packed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import mixtura
-from mixtura.errors import InputError
+from mixtura.errors import CheckpointError, InputError
 from mixtura.experts import PackedExperts
 from mixtura.hf.linears import PackedLinear
+from mixtura.hf.mapped import MappedFiles
 
 IDS = torch.arange(1, 9).unsqueeze(0)
 
@@ -101,6 +103,81 @@ def test_linear_layers_stay_packed_too(name: str, dense: Path, tmp_path: Path) -
     model = mixtura.from_pretrained(tmp_path / "packed")
     assert any(isinstance(module, PackedLinear) for module in model.modules())
     assert relative(logits_of(model), expected_logits(dense, means)) < 3e-2
+
+
+def test_a_small_model_asks_for_its_mappings_twice(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_packed(dense, tmp_path / "packed", "ct_mxfp4", is_linear)
+    calls: list[MappedFiles] = []
+    release = MappedFiles.release
+    monkeypatch.setattr(MappedFiles, "release", lambda self: (calls.append(self), release(self)))
+    mixtura.from_pretrained(tmp_path / "packed")
+    assert len(calls) == 2  # after what is dense, and at the end
+
+
+def test_a_load_reports_nothing_missing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_packed(dense, tmp_path / "packed", "ct_mxfp4", is_linear)
+    reported: list[Any] = []
+
+    def report(loading_info: Any, **others: Any) -> None:
+        reported.append(loading_info.to_dict())
+
+    monkeypatch.setattr("transformers.modeling_utils.log_state_dict_report", report)
+    mixtura.from_pretrained(tmp_path / "packed")
+    assert len(reported) == 1
+    assert not any(reported[0].values())
+
+
+@pytest.mark.filterwarnings("ignore::mixtura.hf.ledger.CheckpointWarning")
+@pytest.mark.parametrize("name", ["ct_pack_int4_channel_sym", "ct_nvfp4", "ct_fp8_channel"])
+def test_llama_4_of_linear_layers(name: str, tmp_path: Path) -> None:
+    case = tiny_model("llama4")
+    case.model.save_pretrained(tmp_path / "dense")
+    apart = {}
+    for tensor, value in load_file(tmp_path / "dense" / "model.safetensors").items():
+        module, _, role = tensor.rpartition(".")
+        if not module.endswith(".experts"):
+            apart[tensor] = value
+            continue
+        parts = ("gate_proj", "up_proj") if role == "gate_up_proj" else ("down_proj",)
+        for part, stack in zip(parts, value.chunk(len(parts), 2), strict=True):
+            for expert, matrix in enumerate(stack.mT):
+                apart[f"{module}.{expert}.{part}.weight"] = matrix.contiguous()
+    save_file(apart, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    means = write_packed(tmp_path / "dense", tmp_path / "packed", name, is_expert)
+    model = mixtura.from_pretrained(tmp_path / "packed", kernel="torch")
+    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    assert experts
+    assert all(one.given is not None and one.given.gate_up_proj.is_quantized for one in experts)
+    stock: Any = case.model
+    for module in case.experts_modules:
+        found: Any = stock.get_submodule(module)
+        for expert in range(found.num_experts):
+            gate, up, down = (
+                means[f"{module}.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down")
+            )
+            found.gate_up_proj.data[expert] = torch.cat([gate, up]).T
+            found.down_proj.data[expert] = down.T
+    assert relative(logits_of(model), logits_of(stock)) < 1e-5
+
+
+@pytest.mark.parametrize("scale", ["_scale", "_weight_scale"])
+def test_a_quantized_stack_of_llama_4_is_told(scale: str, tmp_path: Path) -> None:
+    case = tiny_model("llama4")
+    case.model.save_pretrained(tmp_path / "dense")
+    write_packed(tmp_path / "dense", tmp_path / "packed", "ct_fp8_channel", lambda name: False)
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    name = f"{case.experts_modules[0]}.gate_up_proj"
+    stack = tensors.pop(name)
+    tensors[name] = stack.to(torch.float8_e4m3fn)
+    tensors[f"{name}{scale}"] = torch.ones(len(stack), 1, stack.shape[2])
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}.* must be written expert by expert"):
+        mixtura.from_pretrained(tmp_path / "packed")
 
 
 def test_formats_are_not_asked_for_again(dense: Path, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,12 +101,20 @@ def _nats(logits: Tensor, targets: Tensor) -> float:
     )
 
 
+Calls = Sequence[Callable[[], float]]
+
+
+def _one_by_one(calls: Calls) -> list[float]:
+    return [call() for call in calls]
+
+
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     window: int = 1024,
+    run: Callable[[Calls], list[float]] = _one_by_one,
 ) -> Evaluation:
     """Score every token of every text once, in windows that do not overlap.
 
@@ -119,6 +128,7 @@ def evaluate(
         tokenizer: its own, with an end-of-text token and without a token for unknown text.
         texts: at least one text that is not empty.
         window: tokens scored together, at most what the model was trained with.
+        run: runs calls of the model, one for each batch, and returns what they return.
 
     Returns:
         The bits, and what they were counted over.
@@ -129,13 +139,15 @@ def evaluate(
     num_bytes = sum(len(text.encode("utf-8")) for text in texts)
     if num_bytes == 0:
         raise InputError("texts (0 bytes) must hold text; got none. Give a text that is not empty.")
-    nats, num_tokens, num_windows = 0.0, 0, 0
-    for batch in _batches(model, tokenizer, texts, window):
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        nats += _nats(logits, batch.targets)
-        num_tokens += int((batch.targets != IGNORED).sum())
-        num_windows += len(batch.targets)
+    batches = list(_batches(model, tokenizer, texts, window))
+    nats = math.fsum(run([partial(_batch_nats, model, batch) for batch in batches]))
+    num_tokens = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+    num_windows = sum(len(batch.targets) for batch in batches)
     return Evaluation(nats / math.log(2.0), num_tokens, num_bytes, num_windows)
+
+
+def _batch_nats(model: PreTrainedModel, batch: _Batch) -> float:
+    return _nats(model(input_ids=batch.input_ids, use_cache=False).logits, batch.targets)
 
 
 def _add_slots(slots: list[Tensor], router_logits: Sequence[Tensor], batch: _Batch, k: int) -> None:

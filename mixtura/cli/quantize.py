@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtura.cli.doctor import memory_sizes
 from mixtura.cli.loading import quiet
 from mixtura.cli.options import Debug, Model, model_or_demo
 from mixtura.errors import InputError
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 GB = 1_000_000_000
 SHOWN_STARVED = 8
 """Starved experts that are named for each layer; of others the number is told."""
-
-TOKENS_PER_LINE = 8192
-"""How often calibration says how far it is."""
 
 
 class MethodName(StrEnum):
@@ -91,15 +87,13 @@ def quantize(
             method=Method(method.value),
             packs_linears=linears,
             shard_bytes=max(1, round(shard_gb * GB)),
-            calibration=None
-            if calibration_text is None
-            else Calibration(calibration_text, memory_sizes()[1]),
+            calibration=None if calibration_text is None else Calibration(calibration_text),
         )
-        name = str(dense_directory(name))
+        directory = dense_directory(name)
         if evaluation_text is not None:
-            load_tokenizer(name)  # what is wrong with it is told before the work
+            load_tokenizer(directory)  # what is wrong with it is told before the work
         try:
-            quantize_checkpoint(name, out, options, progress_on_terminal())
+            quantize_checkpoint(directory, out, options, progress_on_terminal())
         except KeyboardInterrupt:
             print(
                 f"interrupted: finished files are kept in {work_path(out)}. Run the same command "
@@ -109,8 +103,8 @@ def quantize(
             raise
         print(f"written to {out}")
         if evaluation_text is not None:
-            print_bits("before", name, evaluation_text)
-            print_bits("after", str(out), evaluation_text)
+            print_bits("before", directory, evaluation_text)
+            print_bits("after", out, evaluation_text)
 
 
 def read_text(path: Path) -> str:
@@ -135,13 +129,8 @@ def progress_on_terminal() -> Progress:
     """Says on standard output what is planned and done."""
     from mixtura.hf.quantize_report import Progress
 
-    done = 0
-
-    def calibrated(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if done % TOKENS_PER_LINE < tokens:
-            print(f"calibration: {done:,} tokens", file=sys.stderr)
+    def calibrated(path: str) -> None:
+        print(f"calibration: {path}", file=sys.stderr)
 
     return Progress(print_plan, calibrated, print_layer)
 
@@ -187,20 +176,14 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
-def print_bits(when: str, model: str, text: str) -> None:
-    """Bits per byte of a text under a model; why not, where it does not fit in memory."""
+def print_bits(when: str, directory: Path, text: str) -> None:
+    """Bits per byte of a text under a model, which runs a layer at a time."""
     from mixtura.bench.perplexity import evaluate
-    from mixtura.hf.load import from_pretrained, load_tokenizer
+    from mixtura.hf.load import load_tokenizer
+    from mixtura.hf.streamed import stream_checkpoint
     from mixtura.hf.trace import window_size
 
-    needed = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-    free = memory_sizes()[1]
-    if free is not None and needed > free:
-        print(
-            f"{when:<6}  not measured: the model has {megabytes(needed)}, and {megabytes(free)} of "
-            f"memory are free"
-        )
-        return
-    loaded = from_pretrained(model)
-    found = evaluate(loaded, load_tokenizer(model), [text], window_size(loaded))
+    streamed = stream_checkpoint(directory)
+    model = streamed.model
+    found = evaluate(model, load_tokenizer(directory), [text], window_size(model), streamed.run)
     print(f"{when:<6}  {found.bits_per_byte:.4f} bits per byte, {found.num_tokens:,} tokens")

@@ -12,6 +12,7 @@ if is_supported(transformers_version()):
     from mixtura.hf.convert import convert, is_converted, moe_layers
     from mixtura.hf.experts import experts_forward
     from mixtura.hf.load import from_pretrained, load_config
+    from mixtura.hf.packed_config import packed_config
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 else:
@@ -20,6 +21,7 @@ else:
         raise missing_transformers(transformers_version())
 
     convert = from_pretrained = is_converted = load_config = moe_layers = _unavailable
+    packed_config = _unavailable
 
 __all__ = [
     "convert",
@@ -27,4 +29,5 @@ __all__ = [
     "is_converted",
     "load_config",
     "moe_layers",
+    "packed_config",
 ]

@@ -1,6 +1,6 @@
 """Second moments of what experts and linear layers are multiplied with, on a calibration text.
 
-The whole dense model runs, so it has to fit in memory.
+The dense model runs a layer at a time (`streamed.py`), so it need not fit in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from mixtura.errors import InputError, UnsupportedModel
+from mixtura.errors import UnsupportedModel
 from mixtura.experts import PackedExperts
-from mixtura.hf.convert import convert
-from mixtura.hf.load import load_stock, load_tokenizer
+from mixtura.hf.load import load_tokenizer
+from mixtura.hf.streamed import StreamedModel, stream_checkpoint
 from mixtura.hf.trace import encode_text, window_size
 from mixtura.kernels.torch.experts import run_experts
 from mixtura.quant.scheme import QuantizedMatrix, dequantize
@@ -38,11 +38,10 @@ class Calibration:
     """A text to calibrate with.
 
     Attributes:
-        text: as it is in its file. free_bytes: of memory, for the dense model; None: not known.
+        text: as it is in its file.
     """
 
     text: str
-    free_bytes: int | None = None
 
     @property
     def digest(self) -> str:
@@ -105,7 +104,7 @@ def find_moments(
     directory: Path,
     calibration: Calibration,
     linears: list[str],
-    on_tokens: Callable[[int], None] | None = None,
+    on_module: Callable[[str], object] = lambda path: None,
 ) -> Moments:
     """Run a calibration text through a dense checkpoint.
 
@@ -113,42 +112,38 @@ def find_moments(
         directory: of the checkpoint, with its tokenizer.
         calibration: the text.
         linears: paths of linear layers to look at besides.
-        on_tokens: called with the number of tokens of each window that is done.
+        on_module: told the path of each module that the whole text has gone through.
 
     Raises:
-        InputError: the model does not fit in memory, or the text is empty.
+        InputError: the text is empty.
         CheckpointError: the tokenizer or the weights are broken.
+        UnsupportedModel: the model has no experts that are called as modules, or does not run a
+            layer at a time.
     """
-    needed = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    if calibration.free_bytes is not None and needed > calibration.free_bytes:
-        raise InputError(
-            f"the dense model ({needed / 1e9:,.1f} GB) must fit in memory to be calibrated; got "
-            f"{calibration.free_bytes / 1e9:,.1f} GB free. Leave --calibration out: the search "
-            f"then takes all columns alike."
-        )
     encoded = encode_text(load_tokenizer(directory), calibration.text, max_tokens=MAX_TOKENS)
-    model = convert(load_stock(directory), kernel="torch")
-    return collect_moments(model, torch.tensor(encoded.ids), linears, on_tokens)
+    streamed = stream_checkpoint(directory)
+    return collect_moments(streamed, torch.tensor(encoded.ids), linears, on_module)
 
 
 def collect_moments(
-    model: PreTrainedModel,
+    streamed: StreamedModel,
     ids: Tensor,
     linears: list[str],
-    on_tokens: Callable[[int], None] | None = None,
+    on_module: Callable[[str], object] = lambda path: None,
 ) -> Moments:
-    """Second moments in a converted model whose experts' weights are dense.
+    """Second moments in a model.
 
     Args:
-        model: from `convert`. ids: (T,) tokens. linears, on_tokens: see `find_moments`.
+        streamed: the model. ids: (T,) tokens. linears, on_module: see `find_moments`.
 
     Raises:
-        UnsupportedModel: it has no experts that are called as modules.
+        UnsupportedModel: see `find_moments`.
     """
+    model = streamed.model
     watched: dict[str, _WatchedExperts] = {}
     inputs: dict[str, _WatchedLinear] = {}
     base: Any = model.base_model
-    with ExitStack() as hooks, torch.inference_mode():
+    with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, PackedExperts):
                 watched[name] = _WatchedExperts(module)
@@ -157,10 +152,8 @@ def collect_moments(
             elif name in linears:
                 inputs[name] = _WatchedLinear()
                 hooks.callback(module.register_forward_pre_hook(inputs[name]).remove)
-        for part in torch.split(ids, window_size(model)):
-            base(input_ids=part.unsqueeze(0).to(model.device), use_cache=False)
-            if on_tokens is not None:
-                on_tokens(part.numel())
+        windows = torch.split(ids, window_size(model))
+        streamed.run([partial(_run_window, base, part) for part in windows], on_module)
     if not any(found.num_tokens.any() for found in watched.values()):
         raise UnsupportedModel(
             f"the experts of {type(model).__name__} must be modules that are called to be "
@@ -169,6 +162,10 @@ def collect_moments(
     experts = {name: found.moments() for name, found in watched.items()}
     means = {name: found.total / max(found.num_rows, 1) for name, found in inputs.items()}
     return Moments(experts, means)
+
+
+def _run_window(base: Any, ids: Tensor) -> None:
+    base(input_ids=ids.unsqueeze(0), use_cache=False)
 
 
 class _WatchedLinear:

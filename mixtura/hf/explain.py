@@ -41,7 +41,7 @@ from mixtura.hf.headers import (
     match_headers,
     stored_dtype,
 )
-from mixtura.hf.load import empty_model, find_packed, load_config, packed_dtype
+from mixtura.hf.load import configured_dtype, empty_model, find_packed, load_config
 from mixtura.hf.load_checks import check_no_formats
 from mixtura.hf.loader import MATRICES, LoadFormats
 from mixtura.hf.outline import Outline, formats_in_words
@@ -96,7 +96,10 @@ def explain(
             dtype = stored_dtype(headers)
     else:
         check_no_formats(checkpoint, format)
-        headers, dtype = dict(checkpoint.headers), dtype or packed_dtype(config)
+        headers, dtype = (
+            dict(checkpoint.headers),
+            dtype or configured_dtype(config) or torch.bfloat16,
+        )
     empty = empty_model(config, dtype)
     _keep_in_fp32(empty)
     load = None if checkpoint is None else PackedLoad(empty, Outline(checkpoint))

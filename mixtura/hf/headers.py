@@ -16,6 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -34,6 +37,12 @@ DTYPES = {
 }
 """Stored dtypes that a weight can be loaded from, as safetensors spells them."""
 
+
+WRITTEN_APART: dict[str, dict[str, tuple[str, ...]]] = {
+    "Llama4TextExperts": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+}
+"""Experts that Transformers knows as stacks (E, in, out) alone, by class, and the linear layers
+that quantizers take each stack apart into and write: `experts.0.gate_proj.weight_packed`."""
 
 EACH = "*"
 """Stands for the number of an expert in the patterns of Transformers' conversions."""
@@ -129,6 +138,7 @@ def match_headers(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -
         elif pattern is not None:
             merged.setdefault(target, {}).setdefault(pattern, []).append(name)
         else:
+            _check_stack(name, headers[name], target, places)
             _check_shape(name, headers[name].shape, target, state[target])
             _check_first(name, target, found)
             dtypes[target] = _dtype_of(headers, [name], state[target])
@@ -156,6 +166,9 @@ class Places:
         self.state: dict[str, Tensor] = model.state_dict()
         self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        of_parts = _converters_of_parts(model)
+        self.converters += of_parts.values()
+        self.stacks = tuple(f".{stack}" for stack in of_parts)
         self.converter_of = {p: c for c in self.converters for p in c.source_patterns}
 
     def find(self, name: str) -> tuple[str, str | None]:
@@ -211,6 +224,21 @@ class Places:
         return {
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
         }
+
+
+def _converters_of_parts(model: PreTrainedModel) -> dict[str, WeightConverter]:
+    """By the end of a stack's name, its merge of experts that are written one by one."""
+    found: dict[str, WeightConverter] = {}
+    for name, module in model.named_modules():
+        for stack, parts in WRITTEN_APART.get(type(module).__name__, {}).items():
+            owner = ".".join(name.split(".")[-2:])  # as "feed_forward.experts", of any layer
+            steps = [MergeModulelist(0), *([Concatenate(1)] if len(parts) > 1 else [])]
+            found[f"{owner}.{stack}"] = WeightConverter(
+                [f"{owner}.{EACH}.{part}.weight" for part in parts],
+                f"{owner}.{stack}",
+                [*steps, Transpose(1, 2)],
+            )
+    return found
 
 
 def _check_alike(names: list[str], headers: Mapping[str, TensorHeader], target: str) -> None:
@@ -284,6 +312,16 @@ def _check_first(name: str, target: str, found: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{name} must be the only tensor that fills {target}; got {first} too. Fetch the "
             f"weights again."
+        )
+
+
+def _check_stack(name: str, header: TensorHeader, target: str, places: Places) -> None:
+    """Raise `CheckpointError` for a quantized stack whose matrices are transposed."""
+    if header.dtype not in DTYPES and target.endswith(places.stacks):
+        raise CheckpointError(
+            f"{name} ({header.dtype}) must be written expert by expert to stay packed, as "
+            f"compressed-tensors files have it; got a stack of transposed matrices. Use a "
+            f"checkpoint with tensors such as experts.0.down_proj.weight, or the original weights."
         )
 
 

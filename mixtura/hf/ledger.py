@@ -21,11 +21,13 @@ from mixtura.hf.stored import StoredCheckpoint, StoredTensor
 from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
-RELEASE_BYTES = 2**26
-"""After so many bytes read, pages of the files are given back."""
 
 OF_ACTIVATIONS = ("input", "activation")
 """Parts whose names hold one of these are scales of activations: an expert may lack its own."""
+
+
+IDLE_RULE = "expert that computes nothing"
+"""Why the weight of a zero expert is left out, which LongCat-Flash's files may hold."""
 
 
 class Use(StrEnum):
@@ -181,12 +183,14 @@ class Kept:
         plans: of the experts modules, by path.
         experts, linears: dense names of the packed matrices of experts, and of linear layers.
         linear_weights: every dense name that is the weight of a linear layer.
+        idle: dense names of experts that compute nothing, stored along with packed ones.
     """
 
     plans: Mapping[str, ExpertsPlan]
     experts: Collection[str]
     linears: Collection[str]
     linear_weights: Collection[str]
+    idle: Collection[str] = ()
 
 
 def build_ledger(
@@ -214,7 +218,8 @@ def build_ledger(
     of_experts: set[str] = set()
     for path, plan in kept.plans.items():
         projections = []
-        for names in _projections(path, plan, stored):
+        for found in _projections(path, plan, stored):
+            names = tuple(name for name in found if name not in kept.idle)
             _check_parts(path, names, checkpoint)
             projections.append(_projection(names, checkpoint, contents))
             of_experts.update(names)
@@ -251,6 +256,8 @@ def _entry(
         return LedgerEntry(tensor, found.num_bytes, Use.UNPLACED)
     if all(name in stored.excluded for name in names):
         return LedgerEntry(tensor, found.num_bytes, Use.EXCLUDED, stored.excluded[names[0]])
+    if names[0] in kept.idle:
+        return LedgerEntry(tensor, found.num_bytes, Use.EXCLUDED, IDLE_RULE)
     if names[0] in kept.experts and names[0] in checkpoint.packed:
         use = Use.PACKED_EXPERT
     elif names[0] in kept.linears:
@@ -370,7 +377,6 @@ def read_contents(
     for name, packed in checkpoint.packed.items():
         names.setdefault(packed.stored, {}).setdefault(packed.expert, []).append(name)
     found: dict[str, Content] = {}
-    num_read = 0
     for stored, by_expert in names.items():
         for number, matrix in enumerate(checkpoint.matrices(stored)):
             owners = by_expert.get(number, by_expert.get(None, []))
@@ -379,10 +385,7 @@ def read_contents(
             found |= dict.fromkeys(owners, content)
             size = sum(checkpoint.packed[name].num_bytes for name in owners)
             on_bytes(size)
-            num_read += size
-            if num_read >= RELEASE_BYTES:
-                checkpoint.mapped.release()
-                num_read = 0
+            checkpoint.mapped.count(size)
     checkpoint.mapped.release()
     return found
 

@@ -215,7 +215,7 @@ def load_packed(
     warn_of(load.ledger)
     arguments = {"dtype": "auto", **transformers_arguments}
     if arguments["dtype"] == "auto":
-        arguments["dtype"] = packed_dtype(config)
+        arguments["dtype"] = configured_dtype(config) or torch.bfloat16
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "config": config}
     directory = checkpoint.files()[0].parent
     if (directory / "generation_config.json").is_file():
@@ -229,19 +229,18 @@ def load_packed(
         )
     except LoadStopped as stopped:
         raise stopped.error from None
-    missing = found["missing_keys"] - load.packed_targets
-    check_complete(directory, missing, found["mismatched_keys"])
+    check_complete(directory, found["missing_keys"], found["mismatched_keys"])
     load.finish(loaded)
     return loaded.eval()
 
 
-def packed_dtype(config: Any) -> torch.dtype:
-    """The dtype of a model beside its packed weights: as configured, else bfloat16."""
+def configured_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a configuration gives its model; None where it gives none."""
     for holder in (config, config.get_text_config()):
         found = getattr(holder, "dtype", None)
         if isinstance(found, torch.dtype):
             return found
-    return torch.bfloat16
+    return None
 
 
 def load_config(model: str | Path, **arguments: Any) -> Any:

@@ -3,8 +3,7 @@
 Transformers reads a checkpoint parameter by parameter: it finds a parameter's stored tensors,
 merges them (a tensor per expert becomes a stack), and sets it. Here it is told of a quantizer, and
 so hands over each experts parameter as soon as it is whole, and frees it when the quantizer has
-taken what it needs. One dense parameter is in memory at a time, and of the files' pages only those
-that it came from.
+taken what it needs. One dense parameter is in memory at a time, and few pages of the files.
 
 `Slot` is a parameter that is kept in another form. `adopt_experts` makes an experts module of
 matrices, wherever they came from.
@@ -250,7 +249,7 @@ class Stream:
             return value
         slot.fill(value)
         if self.files is not None:
-            self.files.release()
+            self.files.count(value.nbytes)
         return value.new_empty(0)
 
     def finish(self, model: PreTrainedModel) -> None:

@@ -19,6 +19,10 @@ _SMAPS = Path("/proc/self/smaps")
 _HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)$")
 _CHANGED = re.compile(r"^Anonymous: +(\d+) kB$")
 
+RELEASE_BYTES = 2**26
+"""After so many bytes read, pages are given back: to ask the system for the mappings takes
+milliseconds, longer than a small layer."""
+
 Span = tuple[int, int]
 """First address, and the one after the last."""
 
@@ -33,6 +37,16 @@ class MappedFiles:
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self._paths = {str(Path(path).resolve()) for path in paths}
         self._others = set(self._mapped())
+        self._num_read = 0
+
+    def count(self, num_bytes: int) -> None:
+        """Note that so many more bytes have been read and are not needed again.
+
+        Pages are let go of after every `RELEASE_BYTES`.
+        """
+        self._num_read += num_bytes
+        if self._num_read >= RELEASE_BYTES:
+            self.release()
 
     def release(self) -> None:
         """Let go of the pages that are in memory; reading them again fetches them from the file.
@@ -40,6 +54,7 @@ class MappedFiles:
         Mappings of which a page has been written to are left alone. Does nothing where the system
         does not tell which mappings there are.
         """
+        self._num_read = 0
         for start, stop in self._unchanged():
             if (start, stop) not in self._others:
                 _libc().madvise(

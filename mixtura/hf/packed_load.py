@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from mixtura.config import GatePrecision, GateUp, RunnerConfig
 from mixtura.experts import ExpertsOptions
-from mixtura.hf.adopt import get_attribute
 from mixtura.hf.blocks import BlockOptions
 from mixtura.hf.checkpoint import TensorHeader
 from mixtura.hf.contents import check_contents
@@ -29,9 +28,9 @@ from mixtura.hf.headers import Places, StoredModel, match_headers
 from mixtura.hf.ledger import CheckpointWarning, Kept, Use, WeightLedger, build_ledger
 from mixtura.hf.linears import adopt_linear
 from mixtura.hf.loader import adopt_experts
-from mixtura.hf.progress import read_progress
+from mixtura.hf.progress import OnBytes, read_progress
 from mixtura.hf.slots import Slots, find_slots
-from mixtura.hf.stored import StoredCheckpoint
+from mixtura.hf.stored import LazyTensor, StoredCheckpoint
 from mixtura.kernels.cpu.linear import cannot_pack
 from mixtura.quant.rows import concat_rows, has_own_rows, take_rows
 from mixtura.quant.scheme import QuantizedMatrix, dense, dequantize, stack_experts
@@ -101,7 +100,14 @@ class PackedLoad:
             if packs_linears and name in checkpoint.packed and not path.startswith(moe_layers)
         }
         kept = {name for module in self.experts.values() for name in _names(module.slots.values())}
-        self.kept = Kept(plans, kept, set(self.linears.values()), set(weights.values()))
+        idle = {
+            name
+            for path, module in self.experts.items()
+            for role in module.slots
+            for names in self.stored.sources[f"{path}.{module.plan.storage[role].path}"].values()
+            for name in names
+        } - kept
+        self.kept = Kept(plans, kept, set(self.linears.values()), set(weights.values()), idle)
         self.ledger: WeightLedger = build_ledger(checkpoint, self.stored, self.kept)
         self.open: dict[str, Any] = {}
 
@@ -124,19 +130,27 @@ class PackedLoad:
 
     def state_dict(self) -> dict[str, LazyTensor]:
         """What Transformers is to load, by the names of the checkpoint; nothing is read yet."""
-        left = {*self.kept.experts, *self.kept.linears, *self.stored.unused, *self.stored.excluded}
+        kept = self.kept
+        left = {*kept.experts, *kept.idle, *kept.linears}
+        left |= {*self.stored.unused, *self.stored.excluded}
         return {
-            name: LazyTensor(self.checkpoint, name)
-            for name in self.checkpoint.headers
+            name: LazyTensor(self.checkpoint.tensor, name, header)
+            for name, header in self.checkpoint.headers.items()
             if name not in left
         }
 
     def begin(self, model: PreTrainedModel, files: list[str] | None) -> None:
-        """Take the memory of what stays packed from the model that is about to be filled."""
+        """Take what stays packed from the model that is about to be filled."""
+        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         for name in self.packed_targets:
-            parameter: Any = get_attribute(model, name)
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
-            parameter._is_hf_initialized = True
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            # No parameter, so that Transformers neither fills nor misses it.
+            empty: Any = torch.empty(0, dtype=getattr(owner, leaf).dtype)
+            empty._is_hf_initialized = True
+            delattr(owner, leaf)
+            setattr(owner, leaf, empty)
+            tied.pop(name, None)
 
     def take(self, name: str, value: Tensor) -> Tensor:
         """What to set as a parameter: its value."""
@@ -153,16 +167,16 @@ class PackedLoad:
         with read_progress("packed weights", self.ledger.num_bytes(*packed)) as on_bytes:
             for module in self.experts.values():
                 self._adopt_experts(model, module)
-                on_bytes(self._num_bytes(_names(module.slots.values())))
+                self._count(_names(module.slots.values()), on_bytes)
             for path, name in self.linears.items():
                 self._adopt_linear(model, path, name)
-                on_bytes(self._num_bytes([name]))
+                self._count([name], on_bytes)
+        self.checkpoint.mapped.release()
 
     def _adopt_experts(self, model: PreTrainedModel, packed: PackedModule) -> None:
         plan = replace(packed.plan, module=model.get_submodule(packed.path))
         config, matrices = self.matrices(packed, model.dtype)
         adopt_experts(replace(plan, config=config), matrices, model.dtype)
-        self.checkpoint.mapped.release()
 
     def _adopt_linear(self, model: PreTrainedModel, path: str, name: str) -> None:
         linear: Any = model.get_submodule(path)
@@ -172,11 +186,13 @@ class PackedLoad:
             linear.weight = nn.Parameter(weight, requires_grad=False)
         else:
             adopt_linear(linear, matrix, model.dtype)
-        self.checkpoint.mapped.release()
 
-    def _num_bytes(self, names: Iterable[str]) -> int:
+    def _count(self, names: Iterable[str], on_bytes: OnBytes) -> None:
+        """Note that packed matrices have been read."""
         packed = self.checkpoint.packed
-        return sum(packed[name].num_bytes for name in names if name in packed)
+        num_bytes = sum(packed[name].num_bytes for name in names if name in packed)
+        self.checkpoint.mapped.count(num_bytes)
+        on_bytes(num_bytes)
 
     def linear_matrix(self, name: str) -> QuantizedMatrix:
         """A packed matrix by its dense name, its rows in the order of the model."""
@@ -273,21 +289,6 @@ class PackedLoad:
         matrix = dense(self.checkpoint.plain(name))
         check_contents(name, matrix)
         return matrix
-
-
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
-    """A tensor of a checkpoint that is read when it is indexed, as Transformers' loader does."""
-
-    checkpoint: StoredCheckpoint
-    name: str
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.checkpoint.tensor(self.name)[index]
-
-    def get_shape(self) -> list[int]:
-        """The shape, from the header."""
-        return list(self.checkpoint.headers[self.name].shape)
 
 
 def _as_dense(

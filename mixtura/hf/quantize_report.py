@@ -61,10 +61,10 @@ class Progress:
 
     Attributes:
         planned: the plan, and how many files there are and have been kept from an earlier run.
-        calibrated: tokens of a window of the calibration text that is done.
+        calibrated: path of a module that the whole calibration text has gone through.
         layer: a module all of whose matrices are done.
     """
 
     planned: Callable[[QuantizePlan, int, int], None] = lambda plan, files, kept: None
-    calibrated: Callable[[int], None] = lambda tokens: None
+    calibrated: Callable[[str], None] = lambda path: None
     layer: Callable[[LayerReport], None] = lambda report: None

@@ -9,7 +9,7 @@ asked for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -309,6 +309,26 @@ class DenseCheckpoint(StoredCheckpoint):
 
     def files(self) -> list[Path]:
         return self._files
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor of a checkpoint that is read when it is indexed, as Transformers' loader does.
+
+    Attributes:
+        read: gives a tensor, by its name. header: of this one.
+    """
+
+    read: Callable[[str], Tensor]
+    name: str
+    header: TensorHeader
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.read(self.name)[index]
+
+    def get_shape(self) -> list[int]:
+        """The shape, from the header."""
+        return list(self.header.shape)
 
 
 def num_bytes(header: TensorHeader) -> int:
