@@ -184,9 +184,10 @@ void linear_region(void* context, Team& team, int member) {
 }
 
 // Bytes between the phases, for one token.
-int64_t bytes_per_token(const Layer& layer, int64_t top_k) {
+int64_t bytes_per_token(const Layer& layer, int64_t top_k, bool has_row_per_slot) {
   const int64_t hidden = row_layout(layer.down).stride + layer.down.num_panels * kPanel;
-  return 4 * (row_layout(layer.gate_up).stride + top_k * hidden);
+  const int64_t num_rows = has_row_per_slot ? top_k : 1;
+  return 4 * (num_rows * row_layout(layer.gate_up).stride + top_k * hidden);
 }
 
 Arena& workspace() {
@@ -203,7 +204,11 @@ bool run_experts(const Kernels& kernels, const Layer& layer, const Input& input,
   const int64_t top_k = input.top_k;
   for (int64_t s = 0; s < input.num_tokens * top_k; ++s)
     if (input.ids[s] < -1 || input.ids[s] >= layer.num_experts) return false;
-  const int64_t most = std::max<int64_t>(1, kWorkspaceBytes / bytes_per_token(layer, top_k));
+  const Matrix& m = layer.gate_up;
+  const bool has_row_per_slot =
+      m.rounding != Rounding::NONE && (m.rounds_per_expert || input.weight_on_input);
+  const int64_t most =
+      std::max<int64_t>(1, kWorkspaceBytes / bytes_per_token(layer, top_k, has_row_per_slot));
   const int64_t passes = ceil_div(input.num_tokens, most);
   for (int64_t pass = 0, first = 0; pass < passes; ++pass) {
     const int64_t num_tokens = ceil_div(input.num_tokens - first, passes - pass);
@@ -224,12 +229,14 @@ bool run_experts(const Kernels& kernels, const Layer& layer, const Input& input,
     c.top_k = top_k;
     c.weight_on_input = input.weight_on_input;
     c.reduce = input.reduce;
+    c.has_row_per_slot = has_row_per_slot;
     c.slots = sorted.slots.data();
     c.offsets = sorted.offsets.data();
     c.position = sorted.position.data();
     for (uint8_t* base = nullptr;;) {
       Cutter cut(base);
-      c.rows = cut.take<uint32_t>(num_tokens * row_layout(layer.gate_up).stride);
+      c.rows = cut.take<uint32_t>((has_row_per_slot ? num_slots : num_tokens) *
+                                  row_layout(layer.gate_up).stride);
       c.hidden = cut.take<uint32_t>(num_slots * row_layout(layer.down).stride);
       c.y = cut.take<float>(num_slots * layer.down.num_panels * kPanel);
       if (base) break;

@@ -44,7 +44,7 @@ const Kernels NAME(MIXTURA_ISA) = {
 #else
     false,
 #endif
-    kRows, prepare, gate_up, down, combine, finish_linear, read_streams, spin, spin_operations,
+    kU8Zero != 0, kRows, prepare, gate_up, down, combine, finish_linear, read_streams, spin, spin_operations,
     prepare_gate, gate, score, soft_cap_logits, attend, join_chunks,
 };
 }  // namespace mixtura

@@ -43,7 +43,8 @@ const Kernels& current_kernels() {
 Matrix make_matrix(int code, int arithmetic, int64_t num_rows,
                    int64_t num_columns, int64_t num_panels, int64_t group_columns, Address values,
                    int scale_kind, Address scales, int zero_kind, bool zeros_are_minima,
-                   Address zeros, Address row_scale, Address bias) {
+                   Address zeros, Address row_scale, Address bias, int rounding,
+                   bool rounds_per_expert, Address input_scale) {
   Matrix m{};
   m.code = (Code)code;
   m.arithmetic = (Arithmetic)arithmetic;
@@ -63,6 +64,9 @@ Matrix make_matrix(int code, int arithmetic, int64_t num_rows,
   m.zeros = at<uint8_t>(zeros);
   m.row_scale = at<float>(row_scale);
   m.bias = at<float>(bias);
+  m.rounding = (Rounding)rounding;
+  m.rounds_per_expert = rounds_per_expert;
+  m.input_scale = at<float>(input_scale);
   const auto size = [](Kind kind) {
     return kind == Kind::F32 ? 4 : kind == Kind::F16 || kind == Kind::BF16 || kind == Kind::I16 ? 2 : 1;
   };
@@ -119,6 +123,12 @@ void check_arithmetic(const Layer& layer) {
                           layer.down.arithmetic == Arithmetic::BF16;
   if (needs_bf16 && !current_kernels().has_bf16)
     throw nb::value_error("weights packed for bf16 products must run on a path that has them");
+  const auto may_have_int8_min = [](const Matrix& m) {
+    return m.rounding == Rounding::INT8 && m.arithmetic == Arithmetic::INT8 && m.code == Code::U8;
+  };
+  if (!current_kernels().takes_int8_min &&
+      (may_have_int8_min(layer.gate_up) || may_have_int8_min(layer.down)))
+    throw nb::value_error("weights packed for activations of -128 must run on a path that takes them");
 }
 
 // Shapes and strides as in `Attention`.
@@ -247,6 +257,7 @@ NB_MODULE(_cpu, m) {
   });
   m.def("current", [] { return std::string(current_kernels().name); });
   m.def("has_bf16", [] { return current_kernels().has_bf16; });
+  m.def("takes_int8_min", [] { return current_kernels().takes_int8_min; });
   m.def("choose", [](const std::string& name) { current = &kernels_named(name); });
   m.def("threads", [] { return team_threads() == Threads::OPENMP ? "openmp" : "pool"; });
   m.def("choose_threads", [](const std::string& name) {

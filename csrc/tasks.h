@@ -73,9 +73,28 @@ FN uint64_t even_bytes_first(uint64_t x) {
   return x ^ t ^ (t << 16);
 }
 
-// One group of activations as int8: x ~ scale * q with |q| <= 127. `x` has n values and zeros up to
-// a multiple of 16, of which `padded` (a multiple of 8) are stored.
-static void quantize_group(const Matrix& m, const float* x, int64_t padded, uint8_t* q,
+// The codes of activations with a scale of their expert's, as floats.
+FN F codes_of(Rounding rounding, F x, F scale) {
+  x = f_div(x, scale);
+  if (rounding == Rounding::INT8) return f_round(f_max(f_set(-128.0f), f_min(f_set(127.0f), x)));
+  x = f_max(f_set(-448.0f), f_min(f_set(448.0f), x));
+  // Three bits of the mantissa; below 2 ** -6 multiples of 2 ** -9.
+  const I bits = as_int(x);
+  const I half = i_add(i_set(0x7ffff), i_and(i_shr<20>(bits), i_set(1)));
+  const F normal = as_float(i_and(i_add(bits, half), i_set((int32_t)0xfff00000)));
+  const F small = f_mul(f_round(f_mul(x, f_set(512.0f))), f_set(1.0f / 512.0f));
+  const F code = f_select_less(f_abs(x), f_set(1.0f / 64.0f), small, normal);
+  return f_select_less(f_abs(x), f_set(449.0f), code, x);  // NaN stays
+}
+
+// What an expert's inputs are divided by before they are rounded; 0: they are not.
+FN float input_scale(const Matrix& m, int64_t expert) {
+  return m.input_scale ? m.input_scale[expert] : 0.0f;
+}
+
+// One group of activations as int8: x ~ scale * q with |q| <= 127; where `has_codes`, q is x.
+// `x` has n values and zeros up to a multiple of 16, of which `padded` (a multiple of 8) are stored.
+static void quantize_group(const Matrix& m, const float* x, bool has_codes, int64_t padded, uint8_t* q,
                            uint32_t* scale_out, uint32_t* correction_out) {
   I top = i_zero();
   for (int64_t i = 0; i < padded; i += 16)
@@ -85,6 +104,8 @@ static void quantize_group(const Matrix& m, const float* x, int64_t padded, uint
   __builtin_memcpy(&amax, &top_bits, 4);
   if (top_bits >= 0x7f800000) {
     scale = __builtin_nanf("");  // an infinity or a NaN makes the row NaN
+  } else if (has_codes) {
+    scale = inverse = 1.0f;
   } else if (amax > 1e-35f) {
     scale = amax / 127.0f;
     inverse = 127.0f / amax;
@@ -119,9 +140,13 @@ static void quantize_group(const Matrix& m, const float* x, int64_t padded, uint
 }
 
 // Columns first .. first + n - 1 of a row, first at the beginning of a group. `x` is padded with
-// zeros to a multiple of 16.
-static void store_activations(const Matrix& m, uint32_t* row, int64_t first, int64_t n,
-                              const float* x) {
+// zeros to a multiple of 16; with a scale its codes take its place.
+static void store_activations(const Matrix& m, uint32_t* row, int64_t first, int64_t n, float* x,
+                              float scale) {
+  const bool has_codes = scale > 0.0f;
+  if (has_codes)
+    for (int64_t i = 0; i < n; i += 16)
+      f_store(x + i, codes_of(m.rounding, f_load(x + i), f_set(scale)));
   const RowLayout layout = row_layout(m);
   const int codes = codes_per_word(m.code);
   const int64_t padded = (n + codes - 1) / codes * codes;
@@ -129,7 +154,7 @@ static void store_activations(const Matrix& m, uint32_t* row, int64_t first, int
   if (m.arithmetic == Arithmetic::INT8) {
     for (int64_t i = 0; i < padded; i += group) {
       const int64_t g = (first + i) / group;
-      quantize_group(m, x + i, padded - i < group ? padded - i : group, (uint8_t*)row + first + i,
+      quantize_group(m, x + i, has_codes, padded - i < group ? padded - i : group, (uint8_t*)row + first + i,
                      row + layout.scales_at + g, row + layout.corrections_at + g);
     }
     return;
@@ -169,8 +194,18 @@ static void store_activations(const Matrix& m, uint32_t* row, int64_t first, int
 
 static void prepare(const Call& call, int64_t token, Scratch& scratch) {
   const Matrix& m = call.layer->gate_up;
-  read_row(call.x_dtype, call.x, token * m.num_columns, m.num_columns, scratch.row);
-  store_activations(m, call.rows + token * row_layout(m).stride, 0, m.num_columns, scratch.row);
+  const int64_t n = m.num_columns, stride = row_layout(m).stride;
+  for (int64_t k = 0; k < (call.has_row_per_slot ? call.top_k : 1); ++k) {
+    const int64_t slot = token * call.top_k + k;
+    const int64_t at = call.has_row_per_slot ? call.position[slot] : token;
+    if (at < 0) continue;
+    read_row(call.x_dtype, call.x, token * n, n, scratch.row);
+    if (call.has_row_per_slot && call.weight_on_input)
+      for (int64_t i = 0; i < n; i += 16)
+        f_store(scratch.row + i, f_mul(f_load(scratch.row + i), f_set(call.weights[slot])));
+    const float scale = input_scale(m, call.has_row_per_slot ? call.ids[slot] : 0);
+    store_activations(m, call.rows + at * stride, 0, n, scratch.row, scale);
+  }
 }
 
 // Hidden columns `unit * unit_columns` and on, of every row of an expert.
@@ -188,22 +223,25 @@ static void gate_up(const Call& call, int64_t expert, int64_t unit, Scratch& scr
   const int64_t row_stride = row_layout(m).stride, hidden_stride = row_layout(layer.down).stride;
   const float* scale = m.row_scale ? m.row_scale + (expert * m.num_panels + first_panel) * kPanel : nullptr;
   const float* bias = m.bias ? m.bias + (expert * m.num_panels + first_panel) * kPanel : nullptr;
+  const float input = input_scale(m, expert), hidden_scale = input_scale(layer.down, expert);
+  const bool weighs = call.weight_on_input && !call.has_row_per_slot;
   const int64_t last = call.offsets[expert + 1];
   for (int64_t begin = call.offsets[expert], count; begin < last; begin += count) {
     count = last - begin < kRows ? last - begin : kRows;
     const uint32_t* rows[kRows];
     scratch.rows_of = 2 * begin;
     for (int i = 0; i < count; ++i)
-      rows[i] = call.rows + call.slots[begin + i] / call.top_k * row_stride;
+      rows[i] = call.rows + row_stride * (call.has_row_per_slot ? begin + i
+                                                                : call.slots[begin + i] / call.top_k);
     multiply(m, expert, first_panel, num_panels, rows, (int)count, scratch.c, c_stride, scratch);
     for (int i = 0; i < count; ++i) {
       float* c = scratch.c + i * c_stride;
-      const F weight = f_set(call.weight_on_input ? call.weights[call.slots[begin + i]] : 1.0f);
+      const F factor = f_set(weighs ? call.weights[call.slots[begin + i]] : input > 0.0f ? input : 1.0f);
       for (int64_t s = 0; s < steps; ++s) {
         const auto value = [&](int64_t panel) {
           F x = f_load(c + panel * kPanel);
           if (scale) x = f_mul(x, f_load(scale + panel * kPanel));
-          if (call.weight_on_input) x = f_mul(x, weight);
+          if (weighs || input > 0.0f) x = f_mul(x, factor);
           if (bias) x = f_add(x, f_load(bias + panel * kPanel));
           return x;
         };
@@ -212,7 +250,8 @@ static void gate_up(const Call& call, int64_t expert, int64_t unit, Scratch& scr
         f_store(c + s * kPanel, h);
       }
       for (int64_t n = columns; n < steps * kPanel; ++n) c[n] = 0.0f;
-      store_activations(layer.down, call.hidden + (begin + i) * hidden_stride, first, columns, c);
+      store_activations(layer.down, call.hidden + (begin + i) * hidden_stride, first, columns, c,
+                        hidden_scale);
     }
   }
 }
@@ -222,6 +261,7 @@ static void down(const Call& call, int64_t expert, int64_t first_panel, int64_t 
   const Matrix& m = call.layer->down;
   const int64_t row_stride = row_layout(m).stride, y_stride = m.num_panels * kPanel;
   const int64_t at = (expert * m.num_panels + first_panel) * kPanel;
+  const float input = input_scale(m, expert);
   const int64_t last = call.offsets[expert + 1];
   for (int64_t begin = call.offsets[expert], count; begin < last; begin += count) {
     count = last - begin < kRows ? last - begin : kRows;
@@ -230,11 +270,12 @@ static void down(const Call& call, int64_t expert, int64_t first_panel, int64_t 
     for (int i = 0; i < count; ++i) rows[i] = call.hidden + (begin + i) * row_stride;
     float* y = call.y + begin * y_stride + first_panel * kPanel;
     multiply(m, expert, first_panel, num_panels, rows, (int)count, y, y_stride, scratch);
-    if (!m.row_scale && !m.bias) continue;
+    if (!m.row_scale && !m.bias && input == 0.0f) continue;
     for (int i = 0; i < count; ++i, y += y_stride) {
       for (int64_t n = 0; n < num_panels * kPanel; n += kPanel) {
         F x = f_load(y + n);
         if (m.row_scale) x = f_mul(x, f_load(m.row_scale + at + n));
+        if (input > 0.0f) x = f_mul(x, f_set(input));
         if (m.bias) x = f_add(x, f_load(m.bias + at + n));
         f_store(y + n, x);
       }

@@ -30,6 +30,10 @@ enum class Kind : int { NONE, F32, F16, BF16, E8M0, E4M3, U8, I16 };
 // The arithmetic of the products, and so the form of activations.
 enum class Arithmetic : int { F32, BF16, INT8 };
 
+// What a file wants inputs rounded to, with a scale that it holds: the codes of that grid are multiplied,
+// and the products by the scale. `round_activations` of mixtura/quant/activations.py is the meaning.
+enum class Rounding : int { NONE, INT8, E4M3 };
+
 // The element type of the caller's rows.
 enum class Dtype : int { F32, F16, BF16 };
 
@@ -72,6 +76,9 @@ struct Matrix {
   const uint8_t* zeros;            // [L][panel][group][16]
   const float* row_scale;          // [L][panel][16] or null
   const float* bias;               // [L][panel][16] or null
+  Rounding rounding;               // of the rows
+  bool rounds_per_expert;          // input scales differ
+  const float* input_scale;        // [L], 0: the expert's rows are not rounded; null without rounding
   int64_t values_stride, scales_stride, zeros_stride;  // bytes of one expert
 };
 
@@ -133,11 +140,12 @@ struct Call {
   void* out;                     // (T, H) as x_dtype, or (T, K, H) fp32
   int64_t num_tokens, top_k;
   bool weight_on_input, reduce;
+  bool has_row_per_slot;         // rows are rounded for their expert; multiplied by weights on the input
   // Sorted by expert: sorted row r is slot `slots[r]`; expert e has rows offsets[e] .. offsets[e+1].
   const int32_t* slots;
   const int32_t* offsets;
   const int32_t* position;       // of a slot among the sorted rows; -1 without expert
-  uint32_t* rows;                // (T, row_layout(gate_up).stride)
+  uint32_t* rows;                // (T, row_layout(gate_up).stride), or (N, ...) sorted by expert
   uint32_t* hidden;              // (N, row_layout(down).stride)
   float* y;                      // (N, down.num_panels * 16)
 };
@@ -183,6 +191,7 @@ struct Attention;
 struct Kernels {
   const char* name;
   bool has_bf16;                      // products of bf16
+  bool takes_int8_min;                // int8 activations may be -128 beside codes of 8 bits
   int row_chunk;                      // kRowChunk or kTileRowChunk
   void (*prepare)(const Call&, int64_t token, Scratch&);
   void (*gate_up)(const Call&, int64_t expert, int64_t unit, Scratch&);

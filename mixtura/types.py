@@ -15,7 +15,9 @@ from torch import Tensor
 
 from mixtura.config import ActivationDtype, ExpertsConfig, GateUp, WeightOn
 from mixtura.errors import ConfigError, InputError
-from mixtura.quant.scheme import QuantizedMatrix, QuantScheme
+from mixtura.quant.activations import ActivationScheme, StaticInputs
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import QuantScheme
 
 DENSE = "dense"
 """What stands for the scheme of weights that are not quantized, in words."""
@@ -149,6 +151,8 @@ class ExpertWeights:
         up_proj: (L, I, H) stack where gate and up are separate tensors, else None.
         gate_up_bias: (L, 2I) or None. down_bias: (L, H) or None.
         post_norm: (H,) or None.
+        gate_up_inputs, down_inputs: how the rows of gate and up, and of down, are rounded with
+            stored scales (L,); None: as the kernel does.
     """
 
     config: ExpertsConfig
@@ -158,6 +162,8 @@ class ExpertWeights:
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     post_norm: Tensor | None = None
+    gate_up_inputs: StaticInputs | None = None
+    down_inputs: StaticInputs | None = None
 
     def __post_init__(self) -> None:
         c = self.config
@@ -169,6 +175,8 @@ class ExpertWeights:
             "gate_up_bias": up[:2] if c.has_bias else None,
             "down_bias": (c.num_experts, c.hidden_size) if c.has_bias else None,
             "post_norm": (c.hidden_size,) if c.post_norm is not None else None,
+            "gate_up_inputs": (c.num_experts,) if self.gate_up_inputs is not None else None,
+            "down_inputs": (c.num_experts,) if self.down_inputs is not None else None,
         }
         for name, shape in expected.items():
             part: Any = getattr(self, name)
@@ -196,6 +204,7 @@ class ExpertWeights:
         found = [part for part in parts if part is not None]
         for matrix in self.projections():
             found += matrix.tensors.values()
+        found += [inputs.scales for inputs in self.inputs]
         return tuple(found)
 
     def slots(self) -> dict[str, Tensor]:
@@ -208,8 +217,38 @@ class ExpertWeights:
             if matrix is not None
             for name, tensor in matrix.tensors.items()
         }
+        return found | self.slot_vectors()
+
+    def slot_vectors(self) -> dict[str, Tensor]:
+        """Those of `slots` that are no matrices: biases, and scales of inputs."""
         biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
-        return found | {name: tensor for name, tensor in biases.items() if tensor is not None}
+        inputs = {"gate_up_inputs": self.gate_up_inputs, "down_inputs": self.down_inputs}
+        scales = {name: one.scales for name, one in inputs.items() if one is not None}
+        return {name: bias for name, bias in biases.items() if bias is not None} | scales
+
+    @property
+    def inputs(self) -> tuple[StaticInputs, ...]:
+        """How rows are rounded with stored scales, those of gate and up first."""
+        found = (self.gate_up_inputs, self.down_inputs)
+        return tuple(inputs for inputs in found if inputs is not None)
+
+    def rounded_for(self, activation_dtype: ActivationDtype | None) -> ExpertWeights:
+        """The same weights, with the stored scales that hold with an arithmetic and no others."""
+        if all(inputs.scheme.holds_with(activation_dtype) for inputs in self.inputs):
+            return self
+
+        def kept(inputs: StaticInputs | None) -> StaticInputs | None:
+            holds = inputs is not None and inputs.scheme.holds_with(activation_dtype)
+            return inputs if holds else None
+
+        return replace(
+            self, gate_up_inputs=kept(self.gate_up_inputs), down_inputs=kept(self.down_inputs)
+        )
+
+    def roundings(self, activation_dtype: ActivationDtype | None) -> tuple[ActivationScheme, ...]:
+        """What rows are rounded to with stored scales in an arithmetic, each scheme once."""
+        inputs = self.rounded_for(activation_dtype).inputs
+        return tuple(dict.fromkeys(one.scheme for one in inputs))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
         """The same weights with every tensor changed; shapes and dtypes must stay."""
@@ -221,6 +260,9 @@ class ExpertWeights:
         def tensor(old: Tensor | None) -> Tensor | None:
             return None if old is None else change(old)
 
+        def inputs(old: StaticInputs | None) -> StaticInputs | None:
+            return None if old is None else old.mapped(change)
+
         return replace(
             self,
             gate_up_proj=matrix(self.gate_up_proj),
@@ -229,6 +271,8 @@ class ExpertWeights:
             gate_up_bias=tensor(self.gate_up_bias),
             down_bias=tensor(self.down_bias),
             post_norm=tensor(self.post_norm),
+            gate_up_inputs=inputs(self.gate_up_inputs),
+            down_inputs=inputs(self.down_inputs),
         )
 
     @property
@@ -265,6 +309,7 @@ class ExpertsProblem:
         needs_grad: gradients must flow.
         is_deterministic: a row's result may not depend on the batch around it.
         activation_dtype: the arithmetic with quantized weights; None leaves it to the kernel.
+        roundings: what rows are to be rounded to with the scales in the weights, each scheme once.
     """
 
     experts: ExpertsConfig
@@ -275,6 +320,7 @@ class ExpertsProblem:
     needs_grad: bool = False
     is_deterministic: bool = False
     activation_dtype: ActivationDtype | None = None
+    roundings: tuple[ActivationScheme, ...] = ()
 
     @property
     def is_dense(self) -> bool:

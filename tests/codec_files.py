@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mixtura.errors import CheckpointError
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 from mixtura.quant.packing import pack_codes, unpack_codes
-from mixtura.quant.scheme import QuantizedMatrix, dequantize
 
 GOLDEN = Path(__file__).parent / "golden" / "quant"
 NAME = "model.layers.0.mlp.experts.3.up_proj.weight"

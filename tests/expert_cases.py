@@ -27,8 +27,9 @@ from mixtura.config import (
 from mixtura.kernels.cpu.panels import ACTIVATION_GROUP
 from mixtura.layer import FusedMoE
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import dense, dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, QuantScheme, dense, dequantize
+from mixtura.quant.scheme import Code, QuantScheme
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 ACTIVATIONS: dict[str, Activation] = {

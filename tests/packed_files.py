@@ -15,8 +15,9 @@ from torch import Tensor
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.decoding import parts_of
 from mixtura.quant.codecs.registry import codec_for
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, QuantScheme, dequantize
+from mixtura.quant.scheme import Code, QuantScheme
 
 GOLDEN = Path(__file__).parent / "golden" / "quant"
 

@@ -44,8 +44,11 @@ NARROWER: dict[str, set[str]] = {
 }
 """Rooms that may import less than their floor allows."""
 
+MEANINGS = {"mixtura.quant.scheme", "mixtura.quant.matrix", "mixtura.quant.activations"}
+"""What stored weights and roundings of activations mean."""
+
 EXTRA_EDGES: dict[str, set[str]] = {
-    "types": {"mixtura.quant.scheme"},
+    "types": MEANINGS,
     "cli": {"mixtura"},
     "eplb": {"mixtura.kernels.cpu.replicas"},
 }
@@ -56,7 +59,7 @@ REFERENCE_MAY_IMPORT = {
     "mixtura.types",
     "mixtura.kernels.contract",
     "mixtura.kernels.reference",
-    "mixtura.quant.scheme",
+    *MEANINGS,
 }
 
 IMPORTS_INSIDE: dict[str, str] = {

@@ -38,7 +38,7 @@ from mixtura.errors import ConfigError, InputError
 from mixtura.kernels import get_kernel
 from mixtura.kernels.cpu.extension import missing
 from mixtura.quant.formats import WeightFormat
-from mixtura.quant.scheme import dequantize
+from mixtura.quant.matrix import dequantize
 from mixtura.types import ExpertBatch
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,9 @@ from mixtura.errors import CheckpointError, ConfigError
 from mixtura.quant import decode
 from mixtura.quant.codecs import Decoded, Header
 from mixtura.quant.codecs.awq import Awq, AwqFormat
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint, dequantize
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 INT32 = torch.int32
 NIBBLE_OF_FEATURE = [0, 4, 1, 5, 2, 6, 3, 7]

@@ -16,8 +16,9 @@ from mixtura.errors import CheckpointError, ConfigError
 from mixtura.quant import decode
 from mixtura.quant.codecs import ActivationGroup, Decoded, Header, codec_for
 from mixtura.quant.codecs.bitsandbytes import Int8Format
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint, dequantize
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 CONFIG_8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}

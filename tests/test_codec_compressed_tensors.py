@@ -38,10 +38,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.compressed_tensors import CompressedTensors
-from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme, Decoded, Header
+from mixtura.quant.codecs.contract import Decoded, Header
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, GlobalScale, ZeroPoint, dequantize
+from mixtura.quant.scheme import Code, GlobalScale, ZeroPoint
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP

@@ -33,10 +33,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme, Decoded, Header
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.codecs.contract import Decoded, Header
 from mixtura.quant.codecs.fp8 import Fp8
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, dequantize
+from mixtura.quant.scheme import Code
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP

@@ -25,15 +25,9 @@ from mixtura.quant.codecs.contract import Header
 from mixtura.quant.codecs.gguf import HEADERS, Gguf, GgufBlocks, is_weight_type, read_weight
 from mixtura.quant.codecs.gguf_blocks import LAYOUTS, TwoLevelScales, gather, spread
 from mixtura.quant.ggml_types import GgmlType
+from mixtura.quant.matrix import QuantizedMatrix, dequantize, stack_experts
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import (
-    Code,
-    GlobalScale,
-    QuantizedMatrix,
-    QuantScheme,
-    dequantize,
-    stack_experts,
-)
+from mixtura.quant.scheme import Code, GlobalScale, QuantScheme
 from mixtura.types import ExpertWeights
 
 GOLDEN = Path(__file__).parent / "golden" / "quant"

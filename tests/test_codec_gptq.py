@@ -15,9 +15,10 @@ from mixtura.errors import CheckpointError, ConfigError
 from mixtura.quant import decode
 from mixtura.quant.codecs import Decoded, Header
 from mixtura.quant.codecs.gptq import Gptq, GptqFormat
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.packing import pack_codes
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint, dequantize
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 INT32 = torch.int32
 

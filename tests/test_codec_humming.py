@@ -13,7 +13,8 @@ from mixtura.errors import CheckpointError
 from mixtura.quant import decode
 from mixtura.quant.codecs import ActivationGroup, ActivationScheme, Decoded, Header, codec_for
 from mixtura.quant.codecs.humming import HummingFormat
-from mixtura.quant.scheme import Code, dequantize
+from mixtura.quant.matrix import dequantize
+from mixtura.quant.scheme import Code
 
 INT32 = torch.int32
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]

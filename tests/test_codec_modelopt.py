@@ -29,10 +29,12 @@ from codec_files import (
 )
 
 from mixtura.errors import CheckpointError, ConfigError
-from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme, Decoded, Header
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.codecs.contract import Decoded, Header
 from mixtura.quant.codecs.modelopt import ModelOpt
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, GlobalScale, dequantize
+from mixtura.quant.scheme import Code, GlobalScale
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP

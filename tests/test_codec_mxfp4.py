@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from mixtura.errors import CheckpointError
 from mixtura.quant.codecs.contract import Header
 from mixtura.quant.codecs.mxfp4 import GptOss
-from mixtura.quant.scheme import dequantize
+from mixtura.quant.matrix import dequantize
 
 CODEC = GptOss.from_config({"quant_method": "mxfp4"})
 LEVELS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

@@ -37,10 +37,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme, Decoded, Header
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.codecs.contract import Decoded, Header
 from mixtura.quant.codecs.quark import Quark
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, GlobalScale, ZeroPoint, dequantize
+from mixtura.quant.scheme import Code, GlobalScale, ZeroPoint
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP

@@ -21,8 +21,9 @@ from mixtura.kernels.cpu.extension import (
 )
 from mixtura.kernels.cpu.linear import pack_linear, run_linear
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix, dense
 from mixtura.quant.packing import pack_codes
-from mixtura.quant.scheme import Code, QuantizedMatrix, dense
+from mixtura.quant.scheme import Code
 from mixtura.types import ExpertBatch, ExpertWeights
 
 EMULATED, BLOCKS = "amx_emulated", "avx512_bf16"

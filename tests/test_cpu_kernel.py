@@ -45,6 +45,7 @@ from mixtura.errors import ConfigError, GradientUnsupported, InputError, NoKerne
 from mixtura.experts import ExpertsOptions, RoutedExperts
 from mixtura.kernels import get_kernel, select_kernel
 from mixtura.kernels.cpu import CpuKernel, PackedLayer, pack_layer, panels, run_packed, unpack_layer
+from mixtura.kernels.cpu.arithmetic import Arithmetic, arithmetic_for
 from mixtura.kernels.cpu.extension import (
     cpu_flags,
     current_path,
@@ -54,17 +55,11 @@ from mixtura.kernels.cpu.extension import (
     missing,
     runnable_paths,
 )
-from mixtura.kernels.cpu.panels import ACTIVATION_GROUP, Arithmetic, arithmetic_for
+from mixtura.kernels.cpu.panels import ACTIVATION_GROUP
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix, dense
 from mixtura.quant.packing import pack_codes
-from mixtura.quant.scheme import (
-    Code,
-    GlobalScale,
-    QuantizedMatrix,
-    QuantScheme,
-    ZeroPoint,
-    dense,
-)
+from mixtura.quant.scheme import Code, GlobalScale, QuantScheme, ZeroPoint
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")

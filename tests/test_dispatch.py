@@ -50,8 +50,8 @@ from mixtura.parallel import ExpertParallel, SlotTables, Topology, Transport
 from mixtura.parallel.ranks import Spread
 from mixtura.parallel.shard import cut_weights, shard_weights
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import dequantize
 from mixtura.types import ExpertBatch
 
 SHARED_EXPERTS = SharedExpertsConfig(intermediate_size=8)

@@ -37,7 +37,7 @@ from mixtura.experts import (
 from mixtura.kernels import ExpertsKernel, register_kernel, unregister_kernel
 from mixtura.kernels.torch import TorchKernel
 from mixtura.quant.formats import WeightFormat
-from mixtura.quant.scheme import QuantizedMatrix, dense
+from mixtura.quant.matrix import QuantizedMatrix, dense
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -27,7 +27,8 @@ from mixtura.hf.gguf_tensors import (
 )
 from mixtura.hf.headers import match_headers
 from mixtura.hf.load import empty_model
-from mixtura.quant.scheme import Code, GlobalScale, dequantize
+from mixtura.quant.matrix import dequantize
+from mixtura.quant.scheme import Code, GlobalScale
 
 DEMO = Path(__file__).parent.parent / "mixtura" / "demo"
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}

@@ -44,7 +44,7 @@ from mixtura.kernels import (
 from mixtura.kernels.torch import TorchKernel
 from mixtura.kernels.torch.grouped_linear import grouped_linear
 from mixtura.quant.formats import WeightFormat
-from mixtura.quant.scheme import dense
+from mixtura.quant.matrix import dense
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 REFERENCE = get_kernel("reference")

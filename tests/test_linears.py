@@ -21,8 +21,8 @@ from mixtura.hf.linears import PackedLinear, adopt_linear, find_linears
 from mixtura.hf.load import empty_model, load_stock
 from mixtura.kernels.cpu.extension import missing
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import dequantize
 
 FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx", "qwen3_next", "qwen3_vl_moe", "zaya"]
 

@@ -44,8 +44,8 @@ from mixtura.hf.load import load_stock
 from mixtura.hf.loader import MATRICES, LoadFormats, Stream
 from mixtura.hf.mapped import MappedFiles
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import dequantize
 
 FAMILIES = sorted(discover().keys() - EXCEPTIONS.keys())
 PACKED = [format for format in WeightFormat if format.scheme.is_quantized]

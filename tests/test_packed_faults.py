@@ -31,7 +31,7 @@ from mixtura.hf.ledger import CheckpointWarning, Use
 from mixtura.hf.load import check_moe
 from mixtura.hf.packed_load import PackedLoad
 from mixtura.hf.stored import SafetensorsCheckpoint, StoredCheckpoint, quantization_config
-from mixtura.quant.scheme import dequantize
+from mixtura.quant.matrix import dequantize
 
 STEM = "model.layers.0.mlp.experts.1.up_proj"
 """The matrix that is damaged."""

@@ -88,7 +88,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_packed_experts_are_what_the_files_say(name: str, dense: Path, tmp_path: Path) -> None:
     means = write_packed(dense, tmp_path / "packed", name, is_expert)
     expected = expected_logits(dense, means)
-    model = mixtura.from_pretrained(tmp_path / "packed", kernel="torch")
+    model = mixtura.from_pretrained(tmp_path / "packed", kernel="torch", activation_dtype="bf16")
     experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
     assert all(
         module.given is not None and module.given.gate_up_proj.is_quantized for module in experts

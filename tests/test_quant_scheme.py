@@ -19,18 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtura.errors import ConfigError, InputError, MixturaError
 from mixtura.quant.formats import SHORT_NAMES, WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix, dense, dequantize, stack_experts
 from mixtura.quant.packing import expand_groups, pack_codes, unpack_codes
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import (
-    Code,
-    GlobalScale,
-    QuantizedMatrix,
-    QuantScheme,
-    ZeroPoint,
-    dense,
-    dequantize,
-    stack_experts,
-)
+from mixtura.quant.scheme import Code, GlobalScale, QuantScheme, ZeroPoint
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu

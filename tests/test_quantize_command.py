@@ -49,8 +49,8 @@ from mixtura.hf.streamed import stream_checkpoint
 from mixtura.quant.codecs.output_formats import OutputFormat
 from mixtura.quant.codecs.registry import codec_for
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import dequantize
 
 FORMATS = [format for format in WeightFormat if format.scheme.is_quantized]
 IDS = torch.arange(1, 9).unsqueeze(0)

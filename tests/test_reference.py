@@ -27,7 +27,7 @@ from mixtura.experts import ExpertsOptions, RoutedExperts
 from mixtura.kernels.reference import run_expert
 from mixtura.kernels.reference.activation import activate, split_gate_up
 from mixtura.kernels.reference.norm import post_norm
-from mixtura.quant.scheme import dense
+from mixtura.quant.matrix import dense
 from mixtura.types import ExpertBatch, ExpertWeights
 
 Row = list[float]

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mixtura.errors import ConfigError, InputError
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 from mixtura.quant.packing import expand_groups
 from mixtura.quant.quantize import nearest_levels, quantize
-from mixtura.quant.scheme import Code, QuantizedMatrix, QuantScheme, ZeroPoint, dequantize
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 from mixtura.quant.search import search
 
 FORMATS = [format for format in WeightFormat if format.scheme.is_quantized]

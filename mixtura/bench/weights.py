@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mixtura.bench.cases import Case, LayerShape
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix, dense, dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import QuantizedMatrix, dense, dequantize
 from mixtura.types import ExpertBatch, ExpertWeights
 
 WEIGHT_SCALE = 0.02

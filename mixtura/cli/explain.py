@@ -188,7 +188,8 @@ def _experts_rows(experts: ExpertsExplanation, num_layers: int) -> dict[str, str
     fallback = ", a fallback" if experts.is_fallback else ""
     path = f": {experts.kernel_path}" if experts.kernel_path is not None else ""
     if experts.asked is not None:
-        rows["asks for"] = f"{experts.asked} activations; they run as the kernel says"
+        how = "so" if experts.rounds_as_asked else "as the kernel says"
+        rows["asks for"] = f"{experts.asked} activations; they run {how}"
     rows["kernel"] = f"{experts.kernel}{path}{fallback}"
     return rows
 

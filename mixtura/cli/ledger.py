@@ -116,8 +116,9 @@ def _findings(ledger: WeightLedger) -> list[str]:
     asked = dict.fromkeys(filter(None, (ledger.asked(layer.name) for layer in ledger.layers)))
     if asked:
         found.append(
-            f"note: the files ask for {'; '.join(asked)} activations; they run as the kernel has "
-            f"them, in bf16 or int8 found while running: see mixtura explain"
+            f"note: the files ask for {'; '.join(asked)} activations; stored scales of int8 and "
+            f"e4m3 are used, others run as the kernel has them, in bf16 or int8 found while "
+            f"running: see mixtura explain"
         )
     return found
 

@@ -25,8 +25,9 @@ class ActivationFunction(Choice):
 class ActivationDtype(Choice):
     """The arithmetic of products with quantized weights: what the activations are rounded to.
 
-    INT8 has a scale for each row and group of columns; BF16 is nearer to the truth and slower. A
-    processor without products of bf16 takes fp32 in its place.
+    INT8 has a scale for each row and group of columns, or the checkpoint's; BF16 is nearer to the
+    truth and slower, and leaves a checkpoint's scales unused. A processor without products of bf16
+    takes fp32 in its place, and the torch kernel the dtype of the rows.
     """
 
     INT8 = "int8"

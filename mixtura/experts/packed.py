@@ -136,9 +136,10 @@ class PackedExperts(nn.Module):
         """What a kernel would be asked to run now."""
         if self.given is not None:
             first, schemes = self.given.gate_up_proj.values, self.given.schemes
+            roundings = self.given.roundings(self.options.activation_dtype)
         else:
             first = self.storage["gate_up_proj"].read(self)
-            schemes = (QuantScheme.dense(first.dtype),)
+            schemes, roundings = (QuantScheme.dense(first.dtype),), ()
         return ExpertsProblem(
             experts=self.experts_config,
             schemes=schemes,
@@ -148,6 +149,7 @@ class PackedExperts(nn.Module):
             needs_grad=needs_grad,
             is_deterministic=self.options.deterministic,
             activation_dtype=self.options.activation_dtype,
+            roundings=roundings,
         )
 
     def decide(self, problem: ExpertsProblem) -> KernelDecision:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.config import ExpertsConfig, GateUp
-from mixtura.quant.scheme import dense
+from mixtura.quant.matrix import dense
 from mixtura.types import ExpertWeights
 
 ROLES = ("gate_up_proj", "up_proj", "down_proj", "gate_up_bias", "down_bias", "post_norm")

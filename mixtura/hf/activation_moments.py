@@ -24,7 +24,7 @@ from mixtura.hf.load import load_tokenizer
 from mixtura.hf.streamed import StreamedModel, stream_checkpoint
 from mixtura.hf.trace import encode_text, window_size
 from mixtura.kernels.torch.experts import run_experts
-from mixtura.quant.scheme import QuantizedMatrix, dequantize
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 
 MAX_TOKENS = 65_536
 """Tokens of a calibration text that are run; the rest is left out."""
@@ -212,7 +212,10 @@ class _WatchedExperts:
                 return x.new_zeros(len(x), weight.shape[1])
             return _by_expert(x, weight, bias, counts)
 
-        run_experts(weights, rows[kept // ids.shape[1]], linear)
+        def per_row(values: Tensor) -> Tensor:
+            return values.repeat_interleave(counts.to(values.device))
+
+        run_experts(weights, rows[kept // ids.shape[1]], linear, per_row)
         self.num_tokens += counts
 
     def moments(self) -> ExpertMoments:

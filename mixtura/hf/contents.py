@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.scheme import QuantizedMatrix, ZeroPoint
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import ZeroPoint
 
 LOWEST_ZERO = 1
 """What a stored 0 stands for in GPTQ's first version; it is 0 elsewhere."""

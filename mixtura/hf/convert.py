@@ -76,7 +76,7 @@ def convert(
         deterministic: bitwise the same row whatever else is in the batch.
         max_rows_per_pass: bound on the tokens that go through such a block at a time.
         activation_dtype: "int8" or "bf16", the arithmetic with quantized experts and packed linear
-            layers; None leaves it to the kernel.
+            layers; None leaves it to the checkpoint's activation scales, and else to the kernel.
         debug: check logits and ids on every call.
 
     Returns:

@@ -131,6 +131,7 @@ class ExpertsPlan:
             weight_on=self.options.weight_on,
             is_deterministic=self.options.deterministic,
             activation_dtype=self.options.activation_dtype,
+            roundings=weights.roundings(self.options.activation_dtype),
         )
 
     def decide(self, device: str | None = None) -> KernelDecision:

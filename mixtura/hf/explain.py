@@ -49,8 +49,9 @@ from mixtura.hf.packed_load import PackedLoad
 from mixtura.hf.stored import StoredCheckpoint
 from mixtura.kernels import get_kernel
 from mixtura.kernels.cpu.linear import cannot_pack
+from mixtura.quant.activations import StaticInputs
 from mixtura.quant.formats import WeightFormat
-from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.routing.families import TOP_K, read
 from mixtura.routing.words import in_words
 from mixtura.types import ExpertWeights
@@ -251,7 +252,7 @@ class _Reader:
         packed = None if self.load is None else self.load.experts.get(name)
         if self.load is not None and packed is not None:
             config, matrices = self.load.matrices(packed, self.model.dtype)
-            weights = _with_matrices(plan, config, matrices)
+            weights = _with_matrices(plan, config, matrices, self.load.inputs(packed))
             num_bytes, words_of_format = weights.num_bytes, formats_in_words(matrices)
             plan = replace(plan, config=config, given=weights, row_dtype=self.model.dtype)
         elif self.format is not None:
@@ -286,6 +287,7 @@ class _Reader:
             rejections=decision.rejections,
             is_fallback=decision.is_fallback,
             asked=None if self.load is None else self.load.ledger.asked(name),
+            rounds_as_asked=bool(decision.problem.roundings),
             num_bytes=num_bytes,
             bytes_per_token=(
                 norm + per_expert * min(top_k, config.num_experts) if top_k is not None else None
@@ -302,7 +304,10 @@ class _Reader:
 
 
 def _with_matrices(
-    plan: ExpertsPlan, config: ExpertsConfig, matrices: dict[str, QuantizedMatrix]
+    plan: ExpertsPlan,
+    config: ExpertsConfig,
+    matrices: dict[str, QuantizedMatrix],
+    inputs: dict[str, StaticInputs],
 ) -> ExpertWeights:
     """The experts with packed matrices, their biases and norm as the module has them."""
     parts = {
@@ -310,7 +315,7 @@ def _with_matrices(
         for role, stored in plan.storage.items()
         if role not in MATRICES
     }
-    return ExpertWeights(config, **matrices, **parts)  # type: ignore[arg-type]
+    return ExpertWeights(config, **matrices, **parts, **inputs)  # type: ignore[arg-type]
 
 
 def _stored_bytes(plan: ExpertsPlan, format: WeightFormat | None = None) -> int:

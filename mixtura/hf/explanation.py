@@ -29,6 +29,7 @@ class ExpertsExplanation:
         kernel_path: how that kernel runs them on this machine, where it has a choice.
         is_fallback: a kernel that is preferred on this device cannot run them.
         asked: what the files ask activations to be rounded to, in words, whatever the kernel does.
+        rounds_as_asked: whether they run so, with the scales in the files.
         num_bytes: of the experts' weights.
         bytes_per_token: weights that a token reads at most: K experts and, where the whole block is
             ours, gate and shared experts; None where K is not known.
@@ -51,6 +52,7 @@ class ExpertsExplanation:
     rejections: tuple[Rejection, ...]
     is_fallback: bool
     asked: str | None
+    rounds_as_asked: bool
     num_bytes: int
     bytes_per_token: int | None
 

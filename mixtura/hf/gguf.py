@@ -27,7 +27,7 @@ from mixtura.hf.gguf_tensors import DenseTensor, dense_tensors, layer_rules
 from mixtura.quant.codecs.contract import Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.gguf import DENSE_TYPES, Gguf, is_weight_type, read_weight
 from mixtura.quant.gguf_file import GgufFile, GgufTensor, open_gguf
-from mixtura.quant.scheme import dequantize
+from mixtura.quant.matrix import dequantize
 
 _STORED_AS = {
     torch.float64: "F64",

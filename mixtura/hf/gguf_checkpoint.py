@@ -16,7 +16,7 @@ from mixtura.hf.mapped import MappedFiles
 from mixtura.hf.stored import Packed, StoredCheckpoint, StoredTensor
 from mixtura.quant.codecs.contract import Decoded
 from mixtura.quant.codecs.gguf import DENSE_TYPES
-from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.quant.matrix import QuantizedMatrix
 
 ENDING = ".gguf"
 

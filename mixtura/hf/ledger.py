@@ -18,7 +18,7 @@ from mixtura.hf.exclusions import EXPERT, GGUF_RULE
 from mixtura.hf.experts import ExpertsPlan
 from mixtura.hf.headers import StoredModel
 from mixtura.hf.stored import StoredCheckpoint, StoredTensor
-from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationScheme
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -301,7 +301,6 @@ def _projection(
     contents: Mapping[str, Content] | None,
 ) -> ProjectionLedger:
     formats: dict[str, list[int]] = {}
-    asked: dict[str, None] = {}
     num_bytes = packed_bytes = 0
     for number, name in enumerate(names):
         packed = checkpoint.packed.get(name)
@@ -312,8 +311,6 @@ def _projection(
             label = packed.label if contents is None else contents[name].scheme
             size = packed.num_bytes
             packed_bytes += size
-            if packed.format.activations is not None:
-                asked[activations_in_words(packed.format.activations)] = None
         formats.setdefault(label, []).append(number)
         num_bytes += size
     return ProjectionLedger(
@@ -321,7 +318,7 @@ def _projection(
         formats={label: tuple(found) for label, found in formats.items()},
         num_bytes=num_bytes,
         packed_bytes=packed_bytes,
-        activations=", ".join(asked) or None,
+        activations=_asked(names, checkpoint),
         zero_scales=None
         if contents is None
         else sum(contents[name].zero_scales for name in names if name in contents),
@@ -340,20 +337,22 @@ def _tensors_of(name: str, checkpoint: StoredCheckpoint) -> list[StoredTensor]:
     ]
 
 
-def activations_in_words(scheme: ActivationScheme) -> str:
-    """What a file asks activations to be rounded to.
-
-    >>> from mixtura.quant.scheme import Code
-    >>> activations_in_words(ActivationScheme(Code.E4M3, 8, ActivationGroup.GROUP, 128))
-    'e4m3 in groups of 128'
-    """
-    code = f"int{scheme.bits}" if scheme.code.value == "int" else scheme.code.value
-    place = {
-        ActivationGroup.TENSOR: " per tensor",
-        ActivationGroup.TOKEN: " per token",
-        ActivationGroup.GROUP: f" in groups of {scheme.group_columns}",
-    }[scheme.per]
-    return f"{code}{place}{', static' if scheme.is_static else ''}"
+def _asked(names: tuple[str, ...], checkpoint: StoredCheckpoint) -> str | None:
+    """What the files ask the inputs of a projection to be rounded to, in words."""
+    asked: dict[ActivationScheme, int] = {}  # -> how many experts lack the scale
+    for name in names:
+        packed = checkpoint.packed.get(name)
+        if packed is not None and packed.format.activations is not None:
+            scheme = packed.format.activations
+            is_missing = scheme.has_one_scale and not checkpoint.has_input_scale(name)
+            asked[scheme] = asked.get(scheme, 0) + is_missing
+    words = [
+        f"{scheme} ({missing} of {len(names)} matrices have no scale: not rounded)"
+        if missing
+        else str(scheme)
+        for scheme, missing in asked.items()
+    ]
+    return ", ".join(words) or None
 
 
 def read_contents(

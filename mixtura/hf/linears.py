@@ -19,7 +19,9 @@ from mixtura.errors import GradientUnsupported, InputError, UnsupportedModel
 from mixtura.hf.adopt import adopt_class, offloads
 from mixtura.kernels.cpu.linear import CpuLinear, cannot_pack, pack_linear
 from mixtura.kernels.cpu.panels import ROW_DTYPES
-from mixtura.quant.scheme import QuantizedMatrix, QuantScheme, dequantize
+from mixtura.quant.activations import StaticInputs, round_activations
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
+from mixtura.quant.scheme import QuantScheme
 
 CPU = torch.device("cpu")
 _PACKING = threading.Lock()
@@ -45,12 +47,13 @@ class PackedLinear(nn.Module):
 
     On a CPU the matrix is laid out for the C++ kernel at the first call, and that is the only copy;
     elsewhere it is made dense for every call. The bias stays a parameter. `weight` is the dense
-    matrix, made when it is asked for. There are no gradients, neither of the weight nor through it,
-    and no state_dict.
+    matrix, made when it is asked for. Rows are rounded first where a stored scale says so. There
+    are no gradients, neither of the weight nor through it, and no state_dict.
     """
 
     given: QuantizedMatrix | None
     packed: CpuLinear | None
+    inputs: StaticInputs | None
     row_dtype: torch.dtype
     activation_dtype: ActivationDtype | None
 
@@ -88,10 +91,16 @@ class PackedLinear(nn.Module):
                 f"{device}; got others. Check the width, and move the model or the input."
             )
         if packed is None or rows.dtype not in ROW_DTYPES:
-            out = F.linear(rows, dequantize(self.matrix, rows.dtype))
+            out = F.linear(self._rounded(rows), dequantize(self.matrix, rows.dtype))
         else:
             out = packed(rows)
         return out if bias is None else out + bias.to(out.dtype)
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        """Rows as they are multiplied; the C++ kernel does it by itself."""
+        if self.inputs is None or not self.inputs.scheme.holds_with(self.activation_dtype):
+            return rows
+        return round_activations(rows, self.inputs.scheme, self.inputs.scales)
 
     def _packed(self) -> CpuLinear | None:
         """The matrix in the C++ kernel's layout, packed at the first call; None where it cannot."""
@@ -103,7 +112,9 @@ class PackedLinear(nn.Module):
             return None  # the first call is made outside of a graph
         with _PACKING:
             if self.given is not None:
-                packed = pack_linear(self.given, activation_dtype=self.activation_dtype)
+                packed = pack_linear(
+                    self.given, inputs=self.inputs, activation_dtype=self.activation_dtype
+                )
                 self.packed, self.given = packed, None
         return self.packed
 
@@ -128,6 +139,8 @@ class PackedLinear(nn.Module):
             parts = {name: part.to(probe.device) for name, part in matrix.tensors.items()}
             self.given = QuantizedMatrix(matrix.scheme, matrix.shape, **parts)
             self.packed = None
+            if self.inputs is not None:
+                self.inputs = self.inputs.mapped(lambda scales: scales.to(probe.device))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,13 +207,19 @@ def _stack(name: str) -> str:
     return "".join(f"{part}." for part in parts[:first])
 
 
-def adopt_linear(module: nn.Module, matrix: QuantizedMatrix, row_dtype: torch.dtype) -> None:
+def adopt_linear(
+    module: nn.Module,
+    matrix: QuantizedMatrix,
+    row_dtype: torch.dtype,
+    inputs: StaticInputs | None = None,
+) -> None:
     """Make a linear layer ours; its `weight` parameter goes, its bias, name and hooks stay.
 
     Args:
         module: an `nn.Linear`.
         matrix: the weight (N, K).
         row_dtype: the dtype of the model.
+        inputs: what rows are rounded to, with a scale ().
 
     Raises:
         UnsupportedModel: its weights are offloaded.
@@ -215,6 +234,7 @@ def adopt_linear(module: nn.Module, matrix: QuantizedMatrix, row_dtype: torch.dt
     adopt_class(module, PackedLinear)
     ours.given = matrix
     ours.packed = None
+    ours.inputs = inputs
     ours.row_dtype = row_dtype
     ours.activation_dtype = None
 

@@ -33,9 +33,10 @@ from mixtura.hf.experts import AdoptedExperts, ExpertsPlan
 from mixtura.hf.linears import adopt_linear, find_linears
 from mixtura.hf.mapped import MappedFiles
 from mixtura.plugin import NAME
+from mixtura.quant.activations import StaticInputs
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import QuantizedMatrix
 from mixtura.types import ExpertWeights
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
@@ -188,7 +189,10 @@ def plan_load(empty: PreTrainedModel, formats: LoadFormats) -> LoadPlan:
 
 
 def adopt_experts(
-    plan: ExpertsPlan, matrices: Mapping[str, QuantizedMatrix], row_dtype: torch.dtype
+    plan: ExpertsPlan,
+    matrices: Mapping[str, QuantizedMatrix],
+    row_dtype: torch.dtype,
+    inputs: Mapping[str, StaticInputs] | None = None,
 ) -> None:
     """Make an experts module ours, with matrices instead of its parameters, which go.
 
@@ -196,6 +200,7 @@ def adopt_experts(
         plan: of the module, whose biases and norm have been loaded.
         matrices: (L, N, K) stacks by role, as `ExpertWeights` has them.
         row_dtype: the dtype of the model.
+        inputs: what rows are rounded to, by the field of `ExpertWeights`.
 
     Raises:
         ConfigError: a matrix is missing, or does not fit the experts' configuration.
@@ -205,7 +210,7 @@ def adopt_experts(
         for role, stored in plan.storage.items()
         if role not in MATRICES
     }
-    given = ExpertWeights(plan.config, **matrices, **parts)  # type: ignore[arg-type]
+    given = ExpertWeights(plan.config, **matrices, **parts, **(inputs or {}))  # type: ignore[arg-type]
     for stored in plan.storage.values():
         owner, _, leaf = stored.path.rpartition(".")
         delattr(plan.module.get_submodule(owner), leaf)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mixtura.hf.stored import STORED_DTYPES, StoredCheckpoint
 from mixtura.quant.codecs.contract import Decoded
-from mixtura.quant.scheme import QuantizedMatrix, QuantScheme, TensorSpec
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import QuantScheme, TensorSpec
 
 
 class Outline(StoredCheckpoint):
@@ -52,6 +53,10 @@ class Outline(StoredCheckpoint):
             return tuple(self.headers[self._owner[stored]].shape)
         return (self._num_experts[stored], *like.shape[-2:])
 
+    def input_scale(self, name: str) -> Tensor:
+        stack = self.headers[name].shape[:-2]
+        return torch.empty(stack, dtype=torch.float32, device="meta")
+
     def expects(self, name: str) -> bool | None:
         return self._checkpoint.expects(name)
 
@@ -76,7 +81,7 @@ def _empty(like: QuantizedMatrix, shape: tuple[int, ...]) -> QuantizedMatrix:
 def formats_in_words(matrices: dict[str, QuantizedMatrix]) -> str:
     """The schemes of experts' projections, those that are alike together.
 
-    >>> from mixtura.quant.scheme import dense
+    >>> from mixtura.quant.matrix import dense
     >>> formats_in_words({"down_proj": dense(torch.empty(1, 1, 1))})
     'float32'
     """

@@ -32,8 +32,15 @@ from mixtura.hf.progress import OnBytes, read_progress
 from mixtura.hf.slots import Slots, find_slots
 from mixtura.hf.stored import LazyTensor, StoredCheckpoint
 from mixtura.kernels.cpu.linear import cannot_pack
+from mixtura.quant.activations import ActivationScheme, StaticInputs
+from mixtura.quant.matrix import QuantizedMatrix, dense, dequantize, stack_experts
 from mixtura.quant.rows import concat_rows, has_own_rows, take_rows
-from mixtura.quant.scheme import QuantizedMatrix, dense, dequantize, stack_experts
+
+_INPUT_ROLES = {
+    "gate_up_inputs": ("gate_up_proj", "up_proj"),
+    "down_inputs": ("down_proj",),
+}
+"""Fields of `ExpertWeights`, and the matrices that multiply what they speak of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +183,19 @@ class PackedLoad:
     def _adopt_experts(self, model: PreTrainedModel, packed: PackedModule) -> None:
         plan = replace(packed.plan, module=model.get_submodule(packed.path))
         config, matrices = self.matrices(packed, model.dtype)
-        adopt_experts(replace(plan, config=config), matrices, model.dtype)
+        inputs = self.inputs(packed)
+        adopt_experts(replace(plan, config=config), matrices, model.dtype, inputs)
 
     def _adopt_linear(self, model: PreTrainedModel, path: str, name: str) -> None:
         linear: Any = model.get_submodule(path)
-        matrix = self.linear_matrix(name)
-        if cannot_pack(matrix.scheme) is not None:
-            weight = dequantize(matrix, model.dtype)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+        matrix, inputs = self.linear_matrix(name), self.linear_inputs(name)
+        is_dense = cannot_pack(matrix.scheme) is not None
+        if is_dense:
+            matrix = dense(dequantize(matrix, model.dtype))
+        if is_dense and inputs is None:
+            linear.weight = nn.Parameter(matrix.values, requires_grad=False)
         else:
-            adopt_linear(linear, matrix, model.dtype)
+            adopt_linear(linear, matrix, model.dtype, inputs)
 
     def _count(self, names: Iterable[str], on_bytes: OnBytes) -> None:
         """Note that packed matrices have been read."""
@@ -202,6 +212,60 @@ class PackedLoad:
         if has_own_rows(matrix.scheme):
             return take_rows(matrix, rows)
         return dense(dequantize(matrix)[rows])
+
+    def linear_inputs(self, name: str) -> StaticInputs | None:
+        """What the input of a linear layer is rounded to, by its matrix's dense name."""
+        scheme = self._rounding([name])
+        return None if scheme is None else StaticInputs(scheme, self.checkpoint.input_scale(name))
+
+    def inputs(self, packed: PackedModule) -> dict[str, StaticInputs]:
+        """What the experts' inputs are rounded to, by the field of `ExpertWeights`.
+
+        Gate and up of an expert multiply one input: where their scales differ the larger one holds,
+        as in other engines, so that neither saturates more than its own would.
+
+        Warns:
+            CheckpointWarning: the files ask for several roundings of one input.
+        """
+        found = {}
+        for field, roles in _INPUT_ROLES.items():
+            slots = [packed.slots[role] for role in roles if role in packed.slots]
+            names = _names(slots)
+            scheme = self._rounding(names)
+            if scheme is not None:
+                num_experts = packed.plan.config.num_experts
+                scales = [self._scales(one, scheme, num_experts) for one in slots]
+                found[field] = StaticInputs(scheme, torch.stack(scales).amax(0))
+        return found
+
+    def _rounding(self, names: list[str]) -> ActivationScheme | None:
+        """What the input of matrices is rounded to; None where no scale of it is stored."""
+        packed = [name for name in names if name in self.checkpoint.packed]
+        scaled = [name for name in packed if self.checkpoint.has_input_scale(name)]
+        asked = [self.checkpoint.packed[name].format.activations for name in scaled]
+        schemes = list(dict.fromkeys(s for s in asked if s is not None and s.has_one_scale))
+        if len(schemes) > 1:
+            warnings.warn(
+                f"the inputs of {scaled[0]} and {len(scaled) - 1} others are to be rounded to "
+                f"{' and to '.join(map(str, schemes))}: they are not rounded",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        return schemes[0] if len(schemes) == 1 else None
+
+    def _scales(self, slots: Slots, scheme: ActivationScheme, num_experts: int) -> Tensor:
+        """The scale of each expert's input, 0 where the scheme has none. -> (L,) fp32."""
+
+        def scale(name: str) -> Tensor:
+            packed = self.checkpoint.packed.get(name)
+            is_meant = packed is not None and packed.format.activations == scheme
+            if is_meant and self.checkpoint.has_input_scale(name):
+                return self.checkpoint.input_scale(name)
+            return torch.zeros(num_experts if slots.is_stack else ())
+
+        if slots.is_stack:
+            return scale(slots.names[0][0])
+        return torch.stack([torch.stack([scale(n) for n in names]).amax() for names in slots.names])
 
     def matrices(
         self, packed: PackedModule, dtype: torch.dtype

@@ -46,9 +46,9 @@ from mixtura.hf.stored import QUANT_CONFIGS, num_bytes, quantization_config
 from mixtura.hf.tensor_io import ShardWriter, TensorReader
 from mixtura.quant.codecs.output_formats import OutputFormat
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.quantize import quantize
 from mixtura.quant.rows import take_rows
-from mixtura.quant.scheme import QuantizedMatrix
 from mixtura.quant.search import search
 
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")

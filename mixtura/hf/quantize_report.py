@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixtura.hf.quantize_plan import QuantizePlan
-from mixtura.quant.scheme import QuantizedMatrix, dequantize
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 
 
 @dataclass(slots=True)

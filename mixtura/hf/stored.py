@@ -31,7 +31,7 @@ from mixtura.hf.contents import check_contents
 from mixtura.hf.mapped import MappedFiles
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.registry import codec_for
-from mixtura.quant.scheme import QuantizedMatrix, dequantize
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 
 STORED_DTYPES = {
     "F64": torch.float64,
@@ -157,6 +157,19 @@ class StoredCheckpoint(ABC):
         check_contents(name, found)
         return found
 
+    def has_input_scale(self, name: str) -> bool:
+        """Whether the scale of static activations is stored beside a packed matrix."""
+        packed = self.packed[name]
+        return packed.format.input_part in packed.parts
+
+    def input_scale(self, name: str) -> Tensor:
+        """That scale, by the matrix's dense name: fp32 (), or (E,) for a stack.
+
+        Raises:
+            CheckpointError: it is not finite and above zero.
+        """
+        raise NotImplementedError  # only where there is one
+
     def tensor(self, name: str) -> Tensor:
         """Any tensor by its dense name, dequantized where it is packed, in fp32 then."""
         if name not in self.packed:
@@ -273,6 +286,15 @@ class SafetensorsCheckpoint(StoredCheckpoint):
         if fault is not None:
             raise CheckpointError(f"{stored}: {fault}")
         return decoded
+
+    def input_scale(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        assert entry.format.input_part is not None
+        stored = self._read(entry.parts[entry.format.input_part])
+        try:
+            return entry.format.read_input_scale(stored, entry.shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
 
     def plain(self, name: str) -> Tensor:
         return self._read(name)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
+from mixtura.quant.activations import ActivationScheme
+from mixtura.quant.scheme import Code
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+
+STATIC_CODES = (Code.INT, Code.E4M3)
+"""Codes that `round_activations` knows."""
 
 
 class ExpertsKernel(ABC):
@@ -25,6 +30,7 @@ class ExpertsKernel(ABC):
         shares_memory: `pack` returns views of the given weights and frees nothing.
         packs_in_graphs: torch.compile can trace `pack`; else a graph's first call packs.
         activation_dtypes: the arithmetic with quantized weights that may be asked for.
+        rounding_codes: codes that it rounds rows to with the stored scales of `ExpertWeights`.
     """
 
     name: ClassVar[str]
@@ -34,6 +40,7 @@ class ExpertsKernel(ABC):
     shares_memory: ClassVar[bool] = False
     packs_in_graphs: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = ()
+    rounding_codes: ClassVar[tuple[Code, ...]] = ()
 
     def unsupported(self, problem: ExpertsProblem) -> str | None:
         """Why this kernel cannot run the problem, or None. Pure: needs no device and no weights."""
@@ -47,6 +54,11 @@ class ExpertsKernel(ABC):
         asked = problem.activation_dtype
         if asked is not None and not problem.is_dense and asked not in self.activation_dtypes:
             return f"has no {asked.value} activations"
+        for scheme in problem.roundings:
+            if problem.needs_grad:
+                return f"activations rounded to {scheme.code_words} have no gradient"
+            if scheme.code not in self.rounding_codes:
+                return f"does not round activations to {scheme.code_words} with stored scales"
         return self.cannot_run(problem)
 
     def is_for(self, device: str) -> bool:
@@ -68,11 +80,16 @@ class ExpertsKernel(ABC):
         Args:
             weights: as they are stored.
             activation_dtype: the arithmetic that they will be run with; None is the kernel's own.
+                Stored scales of the inputs are used where they hold with it (`rounded_for`).
         """
 
     @abstractmethod
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
-        """The inverse of `pack`, bit for bit."""
+        """The inverse of `pack`, bit for bit.
+
+        A kernel that shares memory is never asked for it between calls, and may have left out the
+        inputs' scales that its arithmetic has no use for.
+        """
 
     def slots(self, packed: Any) -> dict[str, Tensor] | None:
         """The tensors that hold the experts, (L, ...) each; None where experts cannot be moved.
@@ -101,6 +118,12 @@ class ExpertsKernel(ABC):
             (M, H) in the rows' dtype; with `reduce=False` the terms (M, K, H) in fp32 (float64 for
             rows of float64).
         """
+
+
+def in_words(roundings: tuple[ActivationScheme, ...]) -> str | None:
+    """What rows are rounded to before the products, with whose scales; None where they are not."""
+    codes = " and ".join(dict.fromkeys(scheme.code_words for scheme in roundings))
+    return f"activations rounded to {codes} with the file's scales" if codes else None
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,8 +10,9 @@ from torch import Tensor
 from mixtura.config import ExpertsConfig, GateUp
 from mixtura.errors import ConfigError
 from mixtura.parallel.ranks import Spread
+from mixtura.quant.activations import StaticInputs
 from mixtura.quant.cuts import cut_columns, cut_rows, take_experts
-from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.types import ExpertWeights
 
 
@@ -30,6 +31,11 @@ def shard_weights(weights: ExpertWeights, spread: Spread) -> ExpertWeights:
     def taken(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[torch.tensor(experts, device=tensor.device)]
 
+    def inputs_of(inputs: StaticInputs | None) -> StaticInputs | None:
+        if inputs is None:
+            return None
+        return inputs.mapped(lambda scales: scales[torch.tensor(experts, device=scales.device)])
+
     def matrix(stack: QuantizedMatrix) -> QuantizedMatrix:
         return take_experts(stack, experts)
 
@@ -41,6 +47,8 @@ def shard_weights(weights: ExpertWeights, spread: Spread) -> ExpertWeights:
         up_proj=None if weights.up_proj is None else matrix(weights.up_proj),
         gate_up_bias=taken(weights.gate_up_bias),
         down_bias=taken(weights.down_bias),
+        gate_up_inputs=inputs_of(weights.gate_up_inputs),
+        down_inputs=inputs_of(weights.down_inputs),
     )
     return cut_weights(mine, spread.ranks.tp_rank, spread.ranks.config.tp_size)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import ConfigError
-from mixtura.quant.scheme import Code, GlobalScale, QuantizedMatrix
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import Code, GlobalScale
 
 Range = tuple[int, int]
 """Start and stop."""

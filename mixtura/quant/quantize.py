@@ -11,17 +11,9 @@ from torch import Tensor
 
 from mixtura.errors import ConfigError, InputError
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix, dense, stack_experts
 from mixtura.quant.packing import expand_groups, pack_codes
-from mixtura.quant.scheme import (
-    DENSE_DTYPES,
-    Code,
-    GlobalScale,
-    QuantizedMatrix,
-    QuantScheme,
-    ZeroPoint,
-    dense,
-    stack_experts,
-)
+from mixtura.quant.scheme import DENSE_DTYPES, Code, GlobalScale, QuantScheme, ZeroPoint
 
 __all__ = ["quantize"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import ConfigError
-from mixtura.quant.scheme import GlobalScale, QuantizedMatrix, QuantScheme
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import GlobalScale, QuantScheme
 
 _BY_ROW = ("values", "scales", "zero_points")
 """Tensors with a row for each output, where no rows share scales."""

@@ -1,4 +1,4 @@
-"""What the bytes of a weight matrix mean: schemes, matrices, and `dequantize`.
+"""What the bytes of a weight matrix mean: schemes. `quant/matrix.py` has the matrices.
 
 A matrix is `W (N, K)`, N output and K input features, or a stack `W (L, N, K)` of L experts.
 Every packed scheme is one formula, with `(n, k)` a position and `(gn, gk)` the group shape:
@@ -17,17 +17,14 @@ formula does not cover (`quant/block_codes.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from mixtura.errors import ConfigError, InputError
-from mixtura.quant.block_codes import BLOCK_CODES, decode_rows
-from mixtura.quant.packing import expand_groups, unpack_codes
+from mixtura.errors import ConfigError
+from mixtura.quant.block_codes import BLOCK_CODES
 
 __all__ = [
     "DENSE_DTYPES",
@@ -35,12 +32,10 @@ __all__ = [
     "Code",
     "GlobalScale",
     "QuantScheme",
-    "QuantizedMatrix",
     "TensorSpec",
     "ZeroPoint",
-    "dense",
-    "dequantize",
-    "stack_experts",
+    "dtype_names",
+    "wrong",
 ]
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +43,6 @@ DENSE_DTYPES = (*_FLOAT_DTYPES, torch.float64)
 SCALE_DTYPES = (*_FLOAT_DTYPES, torch.float8_e4m3fn, torch.float8_e8m0fnu)
 # int16 because a GPTQ zero point reaches 256 when there are 8 bits.
 _INTEGER_ZERO_DTYPES = (torch.uint8, torch.int16)
-_TENSOR_NAMES = ("values", "scales", "zero_points", "global_scale", "permutation")
 
 
 class Code(Enum):
@@ -113,11 +107,13 @@ class TensorSpec(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-def _error(what: str, value: object, rule: str, got: object, remedy: str) -> ConfigError:
+def wrong(what: str, value: object, rule: str, got: object, remedy: str) -> ConfigError:
+    """The error that a value of a scheme or a matrix breaks a rule."""
     return ConfigError(f"{what} ({value}) must {rule}; got {got}. {remedy}")
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Dtypes in words, without "torch."."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
@@ -159,7 +155,7 @@ class QuantScheme:
     def __post_init__(self) -> None:
         if any(size is not None and size < 1 for size in self.group_shape):
             remedy = "Use None for a whole axis."
-            raise _error("group_shape", self.group_shape, "be positive", "a size < 1", remedy)
+            raise wrong("group_shape", self.group_shape, "be positive", "a size < 1", remedy)
         if self.code is Code.DENSE:
             self._check_dense()
         elif self.code is Code.BLOCKS:
@@ -170,47 +166,47 @@ class QuantScheme:
     def _check_dense(self) -> None:
         dtype = self.values_dtype
         if dtype not in DENSE_DTYPES:
-            rule = f"be one of {_names(DENSE_DTYPES)}"
-            raise _error("dtype of a dense matrix", dtype, rule, dtype, "Convert or quantize it.")
+            rule = f"be one of {dtype_names(DENSE_DTYPES)}"
+            raise wrong("dtype of a dense matrix", dtype, rule, dtype, "Convert or quantize it.")
         found = [getattr(self, name) for name in self.__dataclass_fields__]
         none = [(None, None), None, ZeroPoint.NONE, GlobalScale.NONE, False, None]
         if found != [Code.DENSE, 8 * dtype.itemsize, *none, dtype, None]:
             rule = f"have {8 * dtype.itemsize} bits and describe no scales, zero points or codes"
-            raise _error("dense scheme", dtype, rule, found, "Use QuantScheme.dense(dtype).")
+            raise wrong("dense scheme", dtype, rule, found, "Use QuantScheme.dense(dtype).")
 
     def _check_blocks(self) -> None:
         if self.blocks not in BLOCK_CODES:
             rule = f"be one of {', '.join(BLOCK_CODES)} for code blocks"
-            raise _error("blocks", self.blocks, rule, self.blocks, "Dequantize the matrix.")
+            raise wrong("blocks", self.blocks, rule, self.blocks, "Dequantize the matrix.")
         found = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if found != _block_fields(self.blocks):
             rule = "have the bits and columns of a block, and describe no scales or zero points"
             remedy = "Use QuantScheme.of_blocks(name)."
-            raise _error("scheme of blocks", self.blocks, rule, list(found.values()), remedy)
+            raise wrong("scheme of blocks", self.blocks, rule, list(found.values()), remedy)
 
     def _check_packed(self) -> None:
         name = f"code {self.code.value}"
         if self.blocks is not None:
-            raise _error("blocks", self.blocks, "be None", name, "Use QuantScheme.of_blocks(name).")
+            raise wrong("blocks", self.blocks, "be None", name, "Use QuantScheme.of_blocks(name).")
         width = sum(_FLOAT_FIELDS[self.code]) + 1 if self.code.is_float else None
         if not 1 <= self.bits <= 8 or self.bits != (width or self.bits):
             rule = f"be {width or '1 to 8'}"
-            raise _error("bits", self.bits, rule, name, "Use the width of one code.")
+            raise wrong("bits", self.bits, rule, name, "Use the width of one code.")
         if self.values_dtype is not torch.uint8:
             remedy = "Pack the codes with pack_codes."
-            raise _error("values_dtype", self.values_dtype, "be torch.uint8", name, remedy)
+            raise wrong("values_dtype", self.values_dtype, "be torch.uint8", name, remedy)
         if self.scale_dtype not in SCALE_DTYPES:
-            rule = f"be one of {_names(SCALE_DTYPES)}"
-            raise _error("scale_dtype", self.scale_dtype, rule, name, "Convert the scales.")
+            rule = f"be one of {dtype_names(SCALE_DTYPES)}"
+            raise wrong("scale_dtype", self.scale_dtype, rule, name, "Convert the scales.")
         if (self.code is Code.INT) == (self.zero_point is ZeroPoint.NONE):
             rule = "say what is subtracted" if self.code is Code.INT else "be none"
             remedy = "Use mid for symmetric integers, none for floats and codebooks."
-            raise _error("zero_point", self.zero_point.value, rule, name, remedy)
+            raise wrong("zero_point", self.zero_point.value, rule, name, remedy)
         num_levels = None if self.codebook is None else len(self.codebook)
         if num_levels != (2**self.bits if self.code is Code.CODEBOOK else None):
             rule = "hold 2 ** bits levels for code codebook and be None for others"
             got = f"{name}, {self.bits} bits"
-            raise _error("codebook", num_levels, rule, got, "Pass every level of the format.")
+            raise wrong("codebook", num_levels, rule, got, "Pass every level of the format.")
 
     @classmethod
     def dense(cls, dtype: torch.dtype) -> QuantScheme:
@@ -272,7 +268,7 @@ class QuantScheme:
             block = BLOCK_CODES[self.blocks]
             if num_columns % block.num_columns:
                 rule = f"be divisible by the {block.num_columns} columns of a block"
-                raise _error("K", num_columns, rule, f"'{self}'", "Use another format.")
+                raise wrong("K", num_columns, rule, f"'{self}'", "Use another format.")
             row_bytes = num_columns // block.num_columns * block.num_bytes
             return {"values": TensorSpec((*stack, num_rows, row_bytes), (torch.uint8,))}
         if self.scale_dtype is None:
@@ -298,7 +294,7 @@ class QuantScheme:
 
     def __str__(self) -> str:
         if not self.is_quantized:
-            return _names((self.values_dtype,))
+            return dtype_names((self.values_dtype,))
         if self.blocks is not None:
             return f"{self.blocks}, blocks of {self.group_shape[1]}"
         rows, columns = ("all" if size is None else size for size in self.group_shape)
@@ -351,215 +347,3 @@ def _float_levels(code: Code) -> tuple[float, ...]:
 
 
 _FLOAT_LEVELS = {code: _float_levels(code) for code in Code if code.is_float}
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedMatrix:
-    """One weight matrix, or a stack of one per expert, with the scheme that gives it meaning.
-
-    The tensors are never written after construction. Shapes below are for a stack; one matrix
-    has them without L. `GN = ceil(N / gn)`, `GK = ceil(K / gk)`.
-
-    Args:
-        scheme: what the tensors mean.
-        shape: logical, unpadded `(N, K)` or `(L, N, K)`.
-        values: `(L, N, ceil(K * bits / 8))` uint8 codes; for DENSE the `(L, N, K)` weight itself,
-            a Parameter too; for BLOCKS the bytes of a row's blocks, `(L, N, bytes)`.
-        scales: `(L, GN, GK)` of `scheme.scale_dtype`; negative scales are legal.
-        zero_points: `(L, GN, GK)`, uint8 or int16 for INTEGER, float for MINIMUM.
-        global_scale: fp32, `(L,)` per MATRIX (`()` for one matrix), `(L, N)` per ROW.
-        permutation: `(L, K)` int32; column j of `values` is logical column `permutation[j]`.
-
-    Raises:
-        ConfigError: a tensor is missing, superfluous, of another shape or dtype than the scheme
-            and `shape` ask for, or on another device. Contents are not looked at.
-    """
-
-    scheme: QuantScheme
-    shape: tuple[int, ...]
-    values: Tensor
-    scales: Tensor | None = None
-    zero_points: Tensor | None = None
-    global_scale: Tensor | None = None
-    permutation: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.shape) not in (2, 3) or min(self.shape) < 1:
-            rule = "be (N, K) or (L, N, K) with positive sizes"
-            remedy = "Put the expert axis first; leave an empty matrix out."
-            raise _error("shape", self.shape, rule, f"{len(self.shape)} dims", remedy)
-        specs = self.scheme.tensors_for(self.shape)
-        for name in _TENSOR_NAMES:
-            tensor: Tensor | None = getattr(self, name)
-            if name in specs:
-                self._check_tensor(name, tensor, specs[name])
-            elif tensor is not None:
-                rule = f"be None in a matrix of scheme '{self.scheme}'"
-                remedy = "Leave it out, or say in the scheme what it means."
-                raise _error(name, tuple(tensor.shape), rule, "a tensor", remedy)
-
-    def _check_tensor(self, name: str, tensor: Tensor | None, spec: TensorSpec) -> None:
-        if tensor is None:
-            got = "None"
-        elif tuple(tensor.shape) != spec.shape:
-            got = f"shape {tuple(tensor.shape)}"
-        elif tensor.dtype not in spec.dtypes:
-            got = f"dtype {tensor.dtype}"
-        elif tensor.device != self.device:
-            got = f"device {tensor.device} beside values on {self.device}"
-        else:
-            return
-        rule = f"be a tensor {spec.shape} of {_names(spec.dtypes)} on the device of values"
-        remedy = "Change the tensor, or the scheme that describes it."
-        raise _error(name, f"matrix {self.shape}, {self.scheme}", rule, got, remedy)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are present, by field name."""
-        return {name: getattr(self, name) for name in self.scheme.tensors_for(self.shape)}
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether `values` are packed codes."""
-        return self.scheme.is_quantized
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether there is an expert axis."""
-        return len(self.shape) == 3
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of `values`: uint8 where packed, else the weight's."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all tensors."""
-        return self.values.device
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-    def expert(self, index: int) -> QuantizedMatrix:
-        """The matrix of one expert, a view that shares memory with the stack.
-
-        Raises:
-            InputError: this is not a stack, or it has no expert `index`.
-        """
-        if not self.is_stack:
-            raise InputError(
-                f"expert ({index}) must index a stack (L, N, K); got a matrix {self.shape}. "
-                "Use the matrix itself."
-            )
-        if not 0 <= index < self.shape[0]:
-            raise InputError(
-                f"expert ({index}) must be in 0..{self.shape[0] - 1}; got {index}. "
-                "Use the local index of an expert that this stack holds."
-            )
-        parts = {name: tensor[index] for name, tensor in self.tensors.items()}
-        return QuantizedMatrix(self.scheme, self.shape[1:], **parts)
-
-
-def dense(tensor: Tensor) -> QuantizedMatrix:
-    """Wrap an unquantized weight `(N, K)` or `(L, N, K)` without copying; gradients flow to it.
-
-    Raises:
-        ConfigError: its dtype is no dense dtype, or its shape is no matrix or stack.
-    """
-    return QuantizedMatrix(QuantScheme.dense(tensor.dtype), tuple(tensor.shape), tensor)
-
-
-def stack_experts(matrices: Iterable[QuantizedMatrix], num_experts: int) -> QuantizedMatrix:
-    """Copy `num_experts` matrices `(N, K)` of one scheme and shape into a stack `(L, N, K)`.
-
-    The iterable is consumed one matrix at a time, so a generator keeps only one alive.
-
-    Raises:
-        ConfigError: a matrix differs from the first in scheme, shape or tensor dtypes, is a stack
-            itself, or their number is not `num_experts`.
-    """
-    first: QuantizedMatrix | None = None
-    stacked: dict[str, Tensor] = {}
-    count = 0
-    for matrix in matrices:
-        if first is None:
-            first = matrix
-            for name, tensor in matrix.tensors.items():
-                stacked[name] = tensor.new_empty((num_experts, *tensor.shape))
-        kind = (matrix.scheme, matrix.shape, [t.dtype for t in matrix.tensors.values()])
-        wanted = (first.scheme, first.shape, [t.dtype for t in stacked.values()])
-        if matrix.is_stack or kind != wanted:
-            found = f"'{matrix.scheme}', shape {matrix.shape}"
-            rule = f"be of one shape (N, K), scheme and dtypes: '{first.scheme}', {first.shape}"
-            raise _error("matrix", count, rule, found, "Convert the odd one out first.")
-        if count < num_experts:
-            for name, tensor in matrix.tensors.items():
-                stacked[name][count].copy_(tensor)
-        count += 1
-    if first is None or count != num_experts:
-        remedy = "Pass one matrix per expert, at least one."
-        raise _error("num_experts", num_experts, "count the matrices", count, remedy)
-    return QuantizedMatrix(first.scheme, (num_experts, *first.shape), **stacked)
-
-
-def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight `(N, K)` or `(L, N, K)` that a matrix stands for: the meaning of its scheme.
-
-    Packed values are computed in fp32, in the order of the formula at the head of this file
-    (`((level - zero) * scale) * global`, for MINIMUM `(level * scale - minimum) * global`), and
-    rounded to `dtype` once at the end. An expert at a time is in fp32. A dense matrix gives
-    `values.to(dtype)`: differentiable, and the same tensor when the dtype is its own.
-
-    Raises:
-        InputError: `dtype` is not float64, float32, float16 or bfloat16.
-
-    >>> from mixtura.quant.packing import pack_codes
-    >>> scheme = QuantScheme(Code.INT, 4, (1, None), torch.float32, ZeroPoint.MID)
-    >>> codes = torch.tensor([[8, 9, 0]], dtype=torch.uint8)
-    >>> matrix = QuantizedMatrix(scheme, (1, 3), pack_codes(codes, 4), torch.tensor([[0.5]]))
-    >>> dequantize(matrix).tolist()
-    [[0.0, 0.5, -4.0]]
-    """
-    if dtype not in DENSE_DTYPES:
-        choices = _names(DENSE_DTYPES)
-        raise InputError(f"dtype ({dtype}) must be one of {choices}; got {dtype}. Use one of them.")
-    if not matrix.is_quantized:
-        return matrix.values.to(dtype)
-    if not matrix.is_stack:
-        return _dequantize_packed(matrix).to(dtype)
-    weight = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    for index in range(matrix.shape[0]):
-        weight[index] = _dequantize_packed(matrix.expert(index))
-    return weight
-
-
-def _dequantize_packed(matrix: QuantizedMatrix) -> Tensor:
-    scheme, shape = matrix.scheme, matrix.shape
-    if scheme.blocks is not None:
-        return decode_rows(BLOCK_CODES[scheme.blocks], matrix.values)
-    group_size = scheme.group_size(shape)
-
-    def expanded(grid: Tensor) -> Tensor:
-        return expand_groups(grid.float(), group_size, shape)
-
-    assert matrix.scales is not None
-    codes = unpack_codes(matrix.values, shape[1], scheme.bits)
-    if scheme.code is Code.INT:
-        weight = codes.float()
-    else:
-        weight = torch.tensor(scheme.levels, device=codes.device).take(codes.long())
-    if scheme.zero_point is ZeroPoint.MID:
-        weight -= 2 ** (scheme.bits - 1)
-    if scheme.zero_point is ZeroPoint.INTEGER and matrix.zero_points is not None:
-        weight -= expanded(matrix.zero_points)
-    weight *= expanded(matrix.scales)
-    if scheme.zero_point is ZeroPoint.MINIMUM and matrix.zero_points is not None:
-        weight -= expanded(matrix.zero_points)
-    if matrix.global_scale is not None:
-        weight *= matrix.global_scale.reshape(-1, 1)
-    if matrix.permutation is not None:
-        weight = weight[:, matrix.permutation.argsort()]
-    return weight

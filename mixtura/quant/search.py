@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mixtura.errors import ConfigError, InputError
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix, stack_experts
 from mixtura.quant.packing import expand_groups
 from mixtura.quant.quantize import (
     Grids,
@@ -19,7 +20,7 @@ from mixtura.quant.quantize import (
     round_scales,
     round_to,
 )
-from mixtura.quant.scheme import Code, QuantizedMatrix, QuantScheme, ZeroPoint, stack_experts
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 __all__ = ["search"]
 

@@ -18,7 +18,8 @@ from mixtura.bench.cases import Case
 from mixtura.bench.contenders import Contender, Layer, RunBatch
 from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp
 from mixtura.quant.formats import WeightFormat
-from mixtura.quant.scheme import Code, QuantizedMatrix, ZeroPoint
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import Code, ZeroPoint
 from mixtura.types import ExpertBatch, ExpertWeights
 
 NAME = "onnxruntime"

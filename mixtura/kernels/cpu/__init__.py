@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -18,21 +19,21 @@ from mixtura.config import (
     WeightOn,
 )
 from mixtura.errors import InputError
-from mixtura.kernels.contract import ExpertsKernel
+from mixtura.kernels.contract import STATIC_CODES, ExpertsKernel, in_words
+from mixtura.kernels.cpu.arithmetic import Arithmetic, current_arithmetic, no_arithmetic
 from mixtura.kernels.cpu.extension import current_path, extension, missing
 from mixtura.kernels.cpu.panels import (
     ROW_DTYPES,
-    Arithmetic,
     Panels,
     Part,
-    arithmetic_for,
-    no_arithmetic,
     pack_panels,
     unpack_part,
     unreadable,
 )
 from mixtura.kernels.keys import Keys
-from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.quant.activations import StaticInputs
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import Code
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 _FUNCTIONS = {function: number for number, function in enumerate(ActivationFunction)}
@@ -77,6 +78,7 @@ class CpuKernel(ExpertsKernel):
     is_row_invariant: ClassVar[bool] = True
     packs_in_graphs: ClassVar[bool] = False
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = tuple(ActivationDtype)
+    rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         reason = missing()
@@ -94,12 +96,14 @@ class CpuKernel(ExpertsKernel):
 
     def how(self, problem: ExpertsProblem) -> str:
         """The instruction set, and what the products multiply."""
-        has_bf16 = extension().has_bf16()
         activations = dict.fromkeys(
-            arithmetic_for(scheme, problem.activation_dtype, has_bf16=has_bf16).words
+            current_arithmetic(scheme, problem.activation_dtype, rounding).words
             for scheme in problem.schemes
+            for rounding in problem.roundings or (None,)
         )
-        return f"{current_path()}, {' and '.join(activations)} activations"
+        rounded = in_words(problem.roundings)
+        products = f"{current_path()}, {' and '.join(activations)}"
+        return f"{products} products, {rounded}" if rounded else f"{products} activations"
 
     def pack(
         self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
@@ -115,14 +119,18 @@ class CpuKernel(ExpertsKernel):
         assert isinstance(packed, PackedLayer)
         return unpack_layer(packed)
 
-    def slots(self, packed: Any) -> dict[str, Tensor]:
+    def slots(self, packed: Any) -> dict[str, Tensor] | None:
+        """None with stored scales of inputs: whether rows are rounded once is packed too."""
         assert isinstance(packed, PackedLayer)
+        if packed.template.inputs:
+            return None
         projections = {"gate_up": packed.gate_up, "down": packed.down}
-        return {
+        found = {
             f"{role}.{name}": tensor
             for role, panels in projections.items()
             for name, tensor in panels.tensors.items()
         }
+        return found | packed.template.slot_vectors()
 
     def run(
         self,
@@ -262,16 +270,27 @@ def pack_layer(
 ) -> PackedLayer:
     """Lay the weights of a layer out; see `CpuKernel.pack`."""
     config = weights.config
-    has_bf16 = extension().has_bf16()
+    rounded = weights.rounded_for(activation_dtype)
 
-    def arithmetic(matrix: QuantizedMatrix) -> Arithmetic:
-        return arithmetic_for(matrix.scheme, activation_dtype, has_bf16=has_bf16)
+    def arithmetic(matrix: QuantizedMatrix, inputs: StaticInputs | None) -> Arithmetic:
+        rounding = None if inputs is None else inputs.scheme
+        return current_arithmetic(matrix.scheme, activation_dtype, rounding)
 
     bias = weights.gate_up_bias
     if bias is not None and config.gate_up is GateUp.INTERLEAVED:
         bias = bias.view(len(bias), -1, 2).mT.flatten(1)
-    gate_up = pack_panels(_parts(weights), arithmetic(weights.gate_up_proj), bias)
-    down = pack_panels([Part(weights.down_proj)], arithmetic(weights.down_proj), weights.down_bias)
+    gate_up = pack_panels(
+        _parts(weights),
+        arithmetic(weights.gate_up_proj, rounded.gate_up_inputs),
+        bias,
+        rounded.gate_up_inputs,
+    )
+    down = pack_panels(
+        [Part(weights.down_proj)],
+        arithmetic(weights.down_proj, rounded.down_inputs),
+        weights.down_bias,
+        rounded.down_inputs,
+    )
     # A copy always: what it is packed from may be freed.
     post_norm = None if weights.post_norm is None else weights.post_norm.detach().clone().float()
     activation = config.activation
@@ -323,14 +342,11 @@ def unpack_layer(packed: PackedLayer) -> ExpertWeights:
         tensors = stacks[id(old)]
         return QuantizedMatrix(old.scheme, old.shape, **tensors)
 
-    return ExpertWeights(
-        template.config,
+    return dataclasses.replace(
+        template,
         gate_up_proj=matrix(template.gate_up_proj),
         down_proj=matrix(template.down_proj),
         up_proj=None if template.up_proj is None else matrix(template.up_proj),
-        gate_up_bias=template.gate_up_bias,
-        down_bias=template.down_bias,
-        post_norm=template.post_norm,
     )
 
 

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from mixtura.config import ActivationDtype
 from mixtura.errors import InputError
+from mixtura.kernels.cpu.arithmetic import current_arithmetic
 from mixtura.kernels.cpu.extension import extension, missing
 from mixtura.kernels.cpu.panels import (
     ROW_DTYPES,
     Panels,
     Part,
-    arithmetic_for,
     pack_panels,
     unpack_part,
     unreadable,
 )
 from mixtura.kernels.keys import Keys
-from mixtura.quant.scheme import QuantizedMatrix, QuantScheme
+from mixtura.quant.activations import StaticInputs
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import QuantScheme
 
 _KEYS: Keys[CpuLinear] = Keys("the packed linear layer")
 
@@ -72,6 +74,7 @@ def pack_linear(
     matrix: QuantizedMatrix,
     bias: Tensor | None = None,
     *,
+    inputs: StaticInputs | None = None,
     activation_dtype: ActivationDtype | None = None,
 ) -> CpuLinear:
     """Lay a matrix out in panels; `cannot_pack` must be None.
@@ -79,6 +82,7 @@ def pack_linear(
     Args:
         matrix: (N, K) on the CPU.
         bias: (N,) or None.
+        inputs: what rows are rounded to, with a scale (), where `activation_dtype` lets it hold.
         activation_dtype: the arithmetic, where the weight is quantized.
 
     Raises:
@@ -86,8 +90,15 @@ def pack_linear(
     """
     tensors = {name: tensor.unsqueeze(0) for name, tensor in matrix.tensors.items()}
     stack = QuantizedMatrix(matrix.scheme, (1, *matrix.shape), **tensors)
-    arithmetic = arithmetic_for(matrix.scheme, activation_dtype, has_bf16=extension().has_bf16())
-    panels = pack_panels([Part(stack)], arithmetic, None if bias is None else bias.unsqueeze(0))
+    if inputs is not None and not inputs.scheme.holds_with(activation_dtype):
+        inputs = None
+    rounding = None if inputs is None else inputs.scheme
+    panels = pack_panels(
+        [Part(stack)],
+        current_arithmetic(matrix.scheme, activation_dtype, rounding),
+        None if bias is None else bias.unsqueeze(0),
+        None if inputs is None else inputs.mapped(lambda scale: scale.reshape(1)),
+    )
     handle = extension().linear(panels.handle)
     shapes = {
         name: tensor.new_empty(()).expand(tensor.shape) for name, tensor in stack.tensors.items()

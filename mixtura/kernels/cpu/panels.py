@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtura.config import ActivationDtype
 from mixtura.errors import InputError
+from mixtura.kernels.cpu.arithmetic import Arithmetic
 from mixtura.kernels.cpu.extension import extension
 from mixtura.kernels.cpu.memory import allocate
-from mixtura.quant.scheme import Code, GlobalScale, QuantizedMatrix, QuantScheme, ZeroPoint
+from mixtura.quant.activations import StaticInputs
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import Code, GlobalScale, QuantScheme, ZeroPoint
 
 PANEL = 16
 QUAD = 4
@@ -35,19 +36,6 @@ LARGEST_GROUP = 256
 
 ROW_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What rows of activations may be; the values are `Dtype` of csrc/types.h."""
-
-
-class Arithmetic(IntEnum):
-    """What is multiplied; the values are those of csrc/types.h."""
-
-    F32 = 0
-    BF16 = 1
-    INT8 = 2
-
-    @property
-    def words(self) -> str:
-        """What people call it."""
-        return ("fp32", "bf16", "int8")[self]
 
 
 _CODES = {
@@ -69,6 +57,10 @@ _KINDS: dict[torch.dtype, int] = {
     torch.uint8: 6,
     torch.int16: 7,
 }
+
+
+_ROUNDINGS = {Code.INT: 1, Code.E4M3: 2}
+"""`Rounding` of csrc/types.h by the codes of activations."""
 
 
 def code_number(scheme: QuantScheme) -> int:
@@ -97,29 +89,6 @@ def unreadable(scheme: QuantScheme) -> str | None:
     if scheme.zero_point not in (ZeroPoint.NONE, ZeroPoint.MID):
         return "reads zero points of groups, and these belong to whole outputs"
     return None
-
-
-def no_arithmetic(scheme: QuantScheme, asked: ActivationDtype | None) -> str | None:
-    """Why products with a scheme cannot have the arithmetic asked for, or None."""
-    if asked is ActivationDtype.INT8 and scheme.code is Code.E4M3:
-        return "multiplies int8 activations with integers and e2m1 codes, not with e4m3"
-    return None
-
-
-def arithmetic_for(
-    scheme: QuantScheme, activation_dtype: ActivationDtype | None, *, has_bf16: bool
-) -> Arithmetic:
-    """The products' arithmetic.
-
-    Dense weights as they are; integers and e2m1 with int8 activations unless bf16 is asked for;
-    e4m3 with bf16, and fp32 wherever the processor has no products of bf16.
-    """
-    wide = Arithmetic.BF16 if has_bf16 else Arithmetic.F32
-    if not scheme.is_quantized:
-        return wide if scheme.values_dtype is torch.bfloat16 else Arithmetic.F32
-    if scheme.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
-        return wide
-    return Arithmetic.INT8
 
 
 @dataclass(frozen=True)
@@ -176,7 +145,8 @@ class Panels:
 
     Attributes:
         tensors: what the kernels read, experts first: `values`, and where there are any `scales`,
-            `zeros` (per group), `row_scale` and `bias` (fp32, per output).
+            `zeros` (per group), `row_scale` and `bias` (fp32, per output), `input_scale` (fp32, per
+            expert).
         num_parts: 2 where panels of gates and ups alternate.
         part_rows: outputs of each part.
         handle: the `Matrix` of csrc/types.h; it points into `tensors`.
@@ -206,7 +176,10 @@ def _panels_of(tensor: Tensor, num_parts: int, index: int) -> Tensor:
 
 
 def pack_panels(
-    parts: Sequence[Part], arithmetic: Arithmetic, bias: Tensor | None = None
+    parts: Sequence[Part],
+    arithmetic: Arithmetic,
+    bias: Tensor | None = None,
+    inputs: StaticInputs | None = None,
 ) -> Panels:
     """Lay a projection out for the kernels.
 
@@ -214,6 +187,7 @@ def pack_panels(
         parts: of one scheme, and equally many rows each; gate then up where there are two.
         arithmetic: of the products.
         bias: (L, parts * rows), the parts' rows one after the other.
+        inputs: what rows are rounded to before the products; `arithmetic` must hold its codes.
 
     Raises:
         InputError: a scale, zero point or e4m3 code is not finite.
@@ -243,6 +217,11 @@ def pack_panels(
     if columns is None and arithmetic is Arithmetic.INT8:
         columns = ACTIVATION_GROUP
     scales, zeros = tensors.get("scales"), tensors.get("zeros")
+    rounding, has_many_scales = 0, False
+    if inputs is not None and bool((inputs.scales > 0).any()):
+        tensors["input_scale"] = inputs.scales.clone()
+        rounding = _ROUNDINGS[inputs.scheme.code]
+        has_many_scales = bool((inputs.scales != inputs.scales[0]).any())
     handle = extension().matrix(
         code_number(scheme),
         int(arithmetic),
@@ -258,6 +237,9 @@ def pack_panels(
         0 if zeros is None else zeros.data_ptr(),
         _address(tensors.get("row_scale")),
         _address(tensors.get("bias")),
+        rounding,
+        has_many_scales,
+        _address(tensors.get("input_scale")),
     )
     return Panels(tensors, len(parts), part_rows, handle)
 

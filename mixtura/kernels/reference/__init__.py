@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from mixtura.config import ActivationDtype, ExpertsConfig, GateUp, WeightOn
-from mixtura.kernels.contract import ExpertsKernel, sum_dtype
+from mixtura.kernels.contract import STATIC_CODES, ExpertsKernel, in_words, sum_dtype
 from mixtura.kernels.reference.activation import activate, split_gate_up
 from mixtura.kernels.reference.linear import matrix_vector
 from mixtura.kernels.reference.norm import post_norm
-from mixtura.quant.scheme import QuantizedMatrix, dequantize
+from mixtura.quant.activations import StaticInputs, round_activations
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
+from mixtura.quant.scheme import Code
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 
@@ -24,13 +26,17 @@ def run_expert(weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
         y = matrix_vector(dequantize(stack.expert(expert), row.dtype), x)
         return y if bias is None else y + bias[expert].to(row.dtype)
 
+    def rounded(inputs: StaticInputs | None, x: Tensor) -> Tensor:
+        return x if inputs is None else round_activations(x, inputs.scheme, inputs.scales[expert])
+
+    row = rounded(weights.gate_up_inputs, row)
     gate, up = split_gate_up(
         project(weights.gate_up_proj, weights.gate_up_bias, row), config.gate_up
     )
     if config.gate_up is GateUp.SEPARATE:
         assert weights.up_proj is not None
         up = project(weights.up_proj, None, row)
-    hidden = activate(gate, up, config.activation)
+    hidden = rounded(weights.down_inputs, activate(gate, up, config.activation))
     out = project(weights.down_proj, weights.down_bias, hidden)
     if config.post_norm is not None:
         assert weights.post_norm is not None
@@ -48,16 +54,21 @@ class ReferenceKernel(ExpertsKernel):
     has_backward: ClassVar[bool] = True
     is_row_invariant: ClassVar[bool] = True
     shares_memory: ClassVar[bool] = True
+    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (ActivationDtype.BF16,)
+    rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         if problem.needs_grad and not problem.is_dense:
             return f"has no gradient for weights in the scheme {problem.scheme}"
         return None
 
+    def how(self, problem: ExpertsProblem) -> str | None:
+        return in_words(problem.roundings)
+
     def pack(
         self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
     ) -> ExpertWeights:
-        return weights
+        return weights.rounded_for(activation_dtype)
 
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
         assert isinstance(packed, ExpertWeights)

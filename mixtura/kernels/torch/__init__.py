@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
-from mixtura.kernels.contract import ExpertsKernel, sum_dtype
+from mixtura.kernels.contract import STATIC_CODES, ExpertsKernel, in_words, sum_dtype
 from mixtura.kernels.torch.eager import run_eager
 from mixtura.kernels.torch.experts import run_experts
 from mixtura.kernels.torch.grouped_linear import grouped_linear
-from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import Code
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,6 +26,8 @@ class TorchKernel(ExpertsKernel):
     name: ClassVar[str] = "torch"
     has_backward: ClassVar[bool] = True
     shares_memory: ClassVar[bool] = True
+    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (ActivationDtype.BF16,)
+    rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         if problem.row_dtype not in FLOAT_DTYPES:
@@ -33,10 +36,13 @@ class TorchKernel(ExpertsKernel):
             return f"has no gradient for weights in the scheme {problem.scheme}"
         return None
 
+    def how(self, problem: ExpertsProblem) -> str | None:
+        return in_words(problem.roundings)
+
     def pack(
         self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
     ) -> ExpertWeights:
-        return weights
+        return weights.rounded_for(activation_dtype)
 
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
         assert isinstance(packed, ExpertWeights)
@@ -94,7 +100,7 @@ def _run_grouped(weights: ExpertWeights, batch: ExpertBatch, weight_on: WeightOn
         out = grouped_linear(x, weight, expert_offsets)
         return out if bias is None else out + bias.to(x.dtype)[expert_of_row]
 
-    out = run_experts(weights, x, linear).to(dtype)
+    out = run_experts(weights, x, linear, lambda scales: scales[expert_of_row]).to(dtype)
     if weight_on is WeightOn.OUTPUT:
         out = out * slot_weights
     has_expert = (flat[sort_order] < config.num_experts).unsqueeze(1)

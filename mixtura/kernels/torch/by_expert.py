@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtura.quant.scheme import QuantizedMatrix, dequantize
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 
 GROUPED_MM_DTYPES = {"cpu": (torch.bfloat16, torch.float16, torch.float32)}
 """Where `grouped_mm` is known to be faster than a loop here: dtypes by device type."""

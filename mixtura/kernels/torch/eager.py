@@ -41,7 +41,8 @@ def run_eager(
         if weight_on is WeightOn.INPUT:
             x = (x * slot_weights.view(-1, 1)[sort_order[start:stop]]).to(rows.dtype)
         linear = partial(linear_by_expert, first_expert=first_expert, tokens_per_expert=tokens)
-        out[start:stop] = run_experts(weights, x, linear)
+        per_row = partial(_per_row, first_expert=first_expert, tokens_per_expert=tokens)
+        out[start:stop] = run_experts(weights, x, linear, per_row)
 
     row_of_slot = sort_order.new_full((flat.numel(),), num_sorted)
     row_of_slot.scatter_(0, sort_order, torch.arange(num_sorted, device=rows.device))
@@ -51,6 +52,13 @@ def run_eager(
         scale = None if scale is None else scale.masked_fill(ids < 0, 0.0)
     found = _gather(out, row_of_slot.view(ids.shape), scale, reduce)
     return found.to(rows.dtype) if reduce else found
+
+
+def _per_row(values: Tensor, *, first_expert: int, tokens_per_expert: Sequence[int]) -> Tensor:
+    """The value of each row's expert: (L,) -> (N,)."""
+    counts = torch.tensor(tokens_per_expert, device=values.device)
+    span = values[first_expert : first_expert + len(tokens_per_expert)]
+    return span.repeat_interleave(counts, output_size=sum(tokens_per_expert))
 
 
 def _passes(tokens_per_expert: Sequence[int]) -> Iterator[tuple[int, Sequence[int], int, int]]:

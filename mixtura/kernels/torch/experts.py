@@ -8,21 +8,33 @@ from torch import Tensor
 
 from mixtura.kernels.reference.activation import activate, split_gate_up
 from mixtura.kernels.reference.norm import post_norm
-from mixtura.quant.scheme import QuantizedMatrix
+from mixtura.quant.activations import StaticInputs, round_activations
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.types import ExpertWeights
 
 Linear = Callable[[Tensor, QuantizedMatrix, Tensor | None], Tensor]
 """Each expert's linear map on its rows: (N, in), stack (L, out, in), bias (L, out) -> (N, out)."""
 
 
-def run_experts(weights: ExpertWeights, x: Tensor, linear: Linear) -> Tensor:
+PerRow = Callable[[Tensor], Tensor]
+"""A value of each expert -> that of each row's expert: (L,) -> (N,)."""
+
+
+def run_experts(weights: ExpertWeights, x: Tensor, linear: Linear, per_row: PerRow) -> Tensor:
     """The experts on rows sorted by expert, before routing weights. (N, H) -> (N, H)."""
     config = weights.config
+
+    def rounded(inputs: StaticInputs | None, x: Tensor) -> Tensor:
+        if inputs is None:
+            return x
+        return round_activations(x, inputs.scheme, per_row(inputs.scales).unsqueeze(1))
+
+    x = rounded(weights.gate_up_inputs, x)
     first = linear(x, weights.gate_up_proj, weights.gate_up_bias)
     gate, up = split_gate_up(first, config.gate_up)
     if weights.up_proj is not None:
         up = linear(x, weights.up_proj, None)
-    hidden = activate(gate, up, config.activation)
+    hidden = rounded(weights.down_inputs, activate(gate, up, config.activation))
     out = linear(hidden, weights.down_proj, weights.down_bias)
     if config.post_norm is not None:
         assert weights.post_norm is not None

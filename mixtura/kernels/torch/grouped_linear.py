@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtura.quant.scheme import QuantizedMatrix, dequantize
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 
 
 def grouped_linear(rows: Tensor, weight: QuantizedMatrix, expert_offsets: Tensor) -> Tensor:

@@ -1,14 +1,7 @@
 """Checkpoint families: from the tensors of a file to matrices, and back."""
 
-from mixtura.quant.codecs.contract import (
-    ActivationGroup,
-    ActivationScheme,
-    Codec,
-    Decoded,
-    Header,
-    MatrixFormat,
-    Part,
-)
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
 from mixtura.quant.codecs.decoding import decode
 from mixtura.quant.codecs.registry import codec_class, codec_for, method_names
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
+from mixtura.quant.activations import ActivationScheme
 from mixtura.quant.codecs.checks import (
     SCALE_FLOATS,
     check_encodable,
@@ -30,17 +31,11 @@ from mixtura.quant.codecs.checks import (
     read_group_size,
     read_setting,
 )
-from mixtura.quant.codecs.contract import (
-    ActivationScheme,
-    Codec,
-    Decoded,
-    Header,
-    MatrixFormat,
-    Part,
-)
+from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
 from mixtura.quant.codecs.words import bytes_of, count_codes, words_of
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.packing import pack_codes, unpack_codes
-from mixtura.quant.scheme import Code, QuantizedMatrix, QuantScheme, ZeroPoint
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 _BITS = 4
 _WORD_CODES = 32 // _BITS

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import (
     check_encodable,
     check_finite,
@@ -37,18 +38,11 @@ from mixtura.quant.codecs.checks import (
     read_choice,
     read_setting,
 )
-from mixtura.quant.codecs.contract import (
-    ActivationGroup,
-    ActivationScheme,
-    Codec,
-    Decoded,
-    Header,
-    MatrixFormat,
-    Part,
-)
+from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
 from mixtura.quant.codecs.module_names import is_stack_of_experts
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.packing import pack_codes, unpack_codes
-from mixtura.quant.scheme import Code, QuantizedMatrix, QuantScheme, ZeroPoint
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 _BITS = 4
 _BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)

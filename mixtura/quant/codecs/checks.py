@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
 from mixtura.quant.codecs.contract import Header
-from mixtura.quant.scheme import Code, QuantizedMatrix, QuantScheme
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import Code, QuantScheme
 
 T = TypeVar("T")
 

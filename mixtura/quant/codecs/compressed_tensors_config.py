@@ -9,9 +9,9 @@ from enum import Enum
 from typing import Any, Self
 
 from mixtura.errors import CheckpointError
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import read_choice, read_group_size, read_setting
 from mixtura.quant.codecs.config_values import read_block, read_names, read_object
-from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.module_names import REGEX_PREFIX, is_listed, matches_regex
 from mixtura.quant.scheme import Code
 

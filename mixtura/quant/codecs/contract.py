@@ -14,14 +14,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.scheme import Code, QuantizedMatrix
+from mixtura.quant.activations import ActivationScheme
+from mixtura.quant.matrix import QuantizedMatrix
 
 
 class Header(NamedTuple):
@@ -49,31 +49,6 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     is_optional: bool = False
     other_shapes: tuple[tuple[int, ...], ...] = ()
-
-
-class ActivationGroup(Enum):
-    """Activations that share a scale."""
-
-    TENSOR = "tensor"
-    TOKEN = "token"
-    GROUP = "group"  # columns of a token
-
-
-@dataclass(frozen=True, slots=True)
-class ActivationScheme:
-    """How a checkpoint means activations to be quantized.
-
-    Attributes:
-        code: INT, or a float. bits: of a code; integers are signed and symmetric.
-        per: what shares a scale. group_columns: for GROUP.
-        is_static: the scale is stored beside the weight, else it is found while running.
-    """
-
-    code: Code
-    bits: int
-    per: ActivationGroup
-    group_columns: int | None = None
-    is_static: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +124,19 @@ class MatrixFormat(ABC):
         For formats whose headers do not give the shape, as where codes are one flat row.
         """
         return None
+
+    @property
+    def input_part(self) -> str | None:
+        """The part that `Decoded.input_scale` is read from; it may be missing."""
+        return None
+
+    def read_input_scale(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What `decode` makes of `input_part` in a matrix of that shape, by itself.
+
+        Raises:
+            CheckpointError: it is not finite and above zero.
+        """
+        raise NotImplementedError  # only where there is an `input_part`
 
     def contradiction(self, tensors: Mapping[str, Tensor]) -> str | None:
         """What a part that means nothing says against the configuration, as an error would; or

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixtura.errors import CheckpointError
 from mixtura.quant.codecs.contract import Codec, Header
 from mixtura.quant.codecs.registry import codec_for
-from mixtura.quant.scheme import dequantize
+from mixtura.quant.matrix import dequantize
 
 _MODULE = "projection"
 """What the matrix's module is called while it is read, as its parts come without one."""

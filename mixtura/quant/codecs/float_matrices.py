@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from mixtura.errors import CheckpointError
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import SCALE_FLOATS
 from mixtura.quant.codecs.code_layouts import RowBytes
-from mixtura.quant.codecs.contract import ActivationGroup, ActivationScheme, Header
+from mixtura.quant.codecs.contract import Header
 from mixtura.quant.codecs.grid_layouts import Arrangement, GridLayout, ScalarLayout
 from mixtura.quant.codecs.stored_matrix import StoredMatrix
 from mixtura.quant.scheme import Code, GlobalScale, QuantScheme

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import (
     SCALE_FLOATS,
     is_dense,
@@ -32,13 +33,7 @@ from mixtura.quant.codecs.checks import (
 )
 from mixtura.quant.codecs.code_layouts import RowBytes
 from mixtura.quant.codecs.config_values import read_block, read_names
-from mixtura.quant.codecs.contract import (
-    ActivationGroup,
-    ActivationScheme,
-    Codec,
-    Header,
-    MatrixFormat,
-)
+from mixtura.quant.codecs.contract import Codec, Header, MatrixFormat
 from mixtura.quant.codecs.float_matrices import (
     E8M0_DTYPES,
     FLOAT8_CODES,

@@ -30,28 +30,15 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.block_codes import BLOCK_CODES
 from mixtura.quant.codecs.checks import check_positive
-from mixtura.quant.codecs.contract import (
-    ActivationGroup,
-    ActivationScheme,
-    Codec,
-    Decoded,
-    Header,
-    MatrixFormat,
-    Part,
-)
+from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
 from mixtura.quant.codecs.gguf_blocks import LAYOUTS, Values, as_bytes, check_finite
 from mixtura.quant.ggml_types import GgmlType
+from mixtura.quant.matrix import QuantizedMatrix, dequantize, stack_experts
 from mixtura.quant.packing import pack_codes, unpack_codes
-from mixtura.quant.scheme import (
-    Code,
-    GlobalScale,
-    QuantizedMatrix,
-    QuantScheme,
-    dequantize,
-    stack_experts,
-)
+from mixtura.quant.scheme import Code, GlobalScale, QuantScheme
 
 DENSE_TYPES = {
     GgmlType.F32: torch.float32,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
+from mixtura.quant.activations import ActivationScheme
 from mixtura.quant.codecs.checks import (
     SCALE_FLOATS,
     check_encodable,
@@ -33,18 +34,12 @@ from mixtura.quant.codecs.checks import (
     read_group_size,
     read_setting,
 )
-from mixtura.quant.codecs.contract import (
-    ActivationScheme,
-    Codec,
-    Decoded,
-    Header,
-    MatrixFormat,
-    Part,
-)
+from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
 from mixtura.quant.codecs.module_names import compiled_pattern
 from mixtura.quant.codecs.words import bytes_of, count_codes, count_words, words_of
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.packing import pack_codes, unpack_codes
-from mixtura.quant.scheme import Code, QuantizedMatrix, QuantScheme, ZeroPoint
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 _BITS = (2, 3, 4, 8)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}

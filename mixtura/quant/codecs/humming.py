@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import (
     check_encodable,
     check_finite,
@@ -31,25 +32,11 @@ from mixtura.quant.codecs.checks import (
     read_choice,
     read_setting,
 )
-from mixtura.quant.codecs.contract import (
-    ActivationGroup,
-    ActivationScheme,
-    Codec,
-    Decoded,
-    Header,
-    MatrixFormat,
-    Part,
-)
+from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
 from mixtura.quant.codecs.words import bytes_of, count_codes, count_words, words_of
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.packing import pack_codes, unpack_codes
-from mixtura.quant.scheme import (
-    SCALE_DTYPES,
-    Code,
-    GlobalScale,
-    QuantizedMatrix,
-    QuantScheme,
-    ZeroPoint,
-)
+from mixtura.quant.scheme import SCALE_DTYPES, Code, GlobalScale, QuantScheme, ZeroPoint
 
 _FLOATS = {(f"e{code.exponent_bits}m{code.mantissa_bits}"): code for code in Code if code.is_float}
 _INTEGER = re.compile(r"u?int([1-8])")

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from mixtura.errors import CheckpointError
+from mixtura.quant.activations import ActivationScheme
 from mixtura.quant.codecs.checks import (
     SCALE_FLOATS,
     is_dense,
@@ -38,12 +39,7 @@ from mixtura.quant.codecs.checks import (
     read_setting,
 )
 from mixtura.quant.codecs.config_values import read_names, read_object
-from mixtura.quant.codecs.contract import (
-    ActivationScheme,
-    Codec,
-    Header,
-    MatrixFormat,
-)
+from mixtura.quant.codecs.contract import Codec, Header, MatrixFormat
 from mixtura.quant.codecs.float_matrices import (
     E8M0_DTYPES,
     FLOAT8_CODES,

@@ -32,7 +32,8 @@ from mixtura.quant.codecs.checks import module_of
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.registry import codec_for
 from mixtura.quant.formats import SHORT_NAMES, WeightFormat
-from mixtura.quant.scheme import Code, GlobalScale, QuantizedMatrix, QuantScheme
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.scheme import Code, GlobalScale, QuantScheme
 
 _TOKEN_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token"}
 

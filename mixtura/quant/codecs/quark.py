@@ -32,14 +32,10 @@ from typing import Any, ClassVar, Self
 import torch
 
 from mixtura.errors import CheckpointError
+from mixtura.quant.activations import ActivationScheme
 from mixtura.quant.codecs.checks import SCALE_FLOATS, is_dense, module_of
 from mixtura.quant.codecs.code_layouts import NibbleWords, RowBytes
-from mixtura.quant.codecs.contract import (
-    ActivationScheme,
-    Codec,
-    Header,
-    MatrixFormat,
-)
+from mixtura.quant.codecs.contract import Codec, Header, MatrixFormat
 from mixtura.quant.codecs.float_matrices import (
     E8M0_DTYPES,
     FLOAT8_CODES,

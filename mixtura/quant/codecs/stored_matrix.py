@@ -16,23 +16,19 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
+from mixtura.quant.activations import ActivationScheme
 from mixtura.quant.codecs.checks import check_finite, check_numbers, check_positive
 from mixtura.quant.codecs.code_layouts import CodeLayout, Shape
-from mixtura.quant.codecs.contract import (
-    ActivationScheme,
-    Decoded,
-    Header,
-    MatrixFormat,
-    Part,
-)
+from mixtura.quant.codecs.contract import Decoded, Header, MatrixFormat, Part
 from mixtura.quant.codecs.grid_layouts import (
     Arrangement,
     GridLayout,
     ScalarLayout,
     ZeroLayout,
 )
+from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.packing import pack_codes, unpack_codes
-from mixtura.quant.scheme import QuantizedMatrix, QuantScheme, ZeroPoint
+from mixtura.quant.scheme import QuantScheme, ZeroPoint
 
 SHAPE_PART = "weight_shape"
 _FETCH_BOTH = "Fetch config.json and the weights again, both of one model."
@@ -148,6 +144,17 @@ class StoredMatrix(MatrixFormat):
             permutation,
         )
         return Decoded(matrix, _read_scalar(self.input_scale, tensors, shape[:-2], kept), kept)
+
+    @property
+    def input_part(self) -> str | None:
+        layout = self.input_scale
+        return layout.part if layout is not None and layout.is_meant else None
+
+    def read_input_scale(self, stored: Tensor, shape: Shape) -> Tensor:
+        assert self.input_scale is not None
+        scale = _read_scalar(self.input_scale, {self.input_scale.part: stored}, shape[:-2], {})
+        assert scale is not None
+        return scale
 
     def encode(self, decoded: Decoded) -> dict[str, Tensor]:
         matrix, kept = decoded.matrix, decoded.kept

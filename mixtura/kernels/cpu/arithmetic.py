@@ -1,0 +1,74 @@
+"""Which arithmetic the products of a matrix have."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from mixtura.config import ActivationDtype
+from mixtura.kernels.cpu.extension import extension
+from mixtura.quant.activations import ActivationScheme
+from mixtura.quant.scheme import Code, QuantScheme
+
+
+class Arithmetic(IntEnum):
+    """What is multiplied; the values are those of csrc/types.h."""
+
+    F32 = 0
+    BF16 = 1
+    INT8 = 2
+
+    @property
+    def words(self) -> str:
+        """What people call it."""
+        return ("fp32", "bf16", "int8")[self]
+
+
+def no_arithmetic(scheme: QuantScheme, asked: ActivationDtype | None) -> str | None:
+    """Why products with a scheme cannot have the arithmetic asked for, or None."""
+    if asked is ActivationDtype.INT8 and scheme.code is Code.E4M3:
+        return "multiplies int8 activations with integers and e2m1 codes, not with e4m3"
+    return None
+
+
+def arithmetic_for(
+    scheme: QuantScheme,
+    activation_dtype: ActivationDtype | None,
+    rounding: ActivationScheme | None = None,
+    *,
+    has_bf16: bool,
+    takes_int8_min: bool = True,
+) -> Arithmetic:
+    """The products' arithmetic.
+
+    Dense weights as they are; integers and e2m1 with int8 activations unless bf16 is asked for;
+    e4m3 with bf16, and fp32 wherever the processor has no products of bf16. Activations that are
+    rounded to e4m3 codes need bf16, which holds them all; those of int8 reach -128, and the
+    products of 8-bit codes of AVX2 alone do not.
+    """
+    wide = Arithmetic.BF16 if has_bf16 else Arithmetic.F32
+    if rounding is not None and scheme.is_quantized:
+        is_too_low = scheme.bits == 8 and not takes_int8_min
+        if rounding.code is not Code.INT or is_too_low:
+            return wide
+    if not scheme.is_quantized:
+        return wide if scheme.values_dtype is torch.bfloat16 else Arithmetic.F32
+    if scheme.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
+        return wide
+    return Arithmetic.INT8
+
+
+def current_arithmetic(
+    scheme: QuantScheme,
+    activation_dtype: ActivationDtype | None,
+    rounding: ActivationScheme | None = None,
+) -> Arithmetic:
+    """The products' arithmetic on the path that runs now."""
+    return arithmetic_for(
+        scheme,
+        activation_dtype,
+        rounding,
+        has_bf16=extension().has_bf16(),
+        takes_int8_min=extension().takes_int8_min(),
+    )
