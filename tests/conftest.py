@@ -10,6 +10,11 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is slow, not wrong.
+settings.register_profile("mixtura", deadline=None)
+settings.load_profile("mixtura")
 
 
 @pytest.fixture(autouse=True)
