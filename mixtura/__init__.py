@@ -20,13 +20,15 @@ from mixtura.config import (
     GatePrecision,
     GateUp,
     MoEConfig,
+    ParallelConfig,
     RoutingConfig,
     RunnerConfig,
     SharedExpertsConfig,
     SharedExpertsOrder,
+    TokensHeld,
 )
 from mixtura.errors import MixturaError
-from mixtura.plugin import offer_experts
+from mixtura.plugin import offer
 
 if TYPE_CHECKING:
     from mixtura.hf import convert, from_pretrained, packed_config
@@ -46,12 +48,14 @@ __all__ = [
     "GateUp",
     "MixturaError",
     "MoEConfig",
+    "ParallelConfig",
     "Routing",
     "RoutingConfig",
     "RunnerConfig",
     "SharedExpertsConfig",
     "SharedExpertsOrder",
     "TokenInputs",
+    "TokensHeld",
     "convert",
     "create_router",
     "from_pretrained",
@@ -71,7 +75,7 @@ _LATE = {
 }
 """Names whose modules need torch, imported when first asked for."""
 
-offer_experts()
+offer()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,18 @@
-"""Meets Transformers: the versions we speak to, and the experts function, without importing it.
+"""Meets Transformers: the versions we speak to, and what we offer it, without importing it.
 
 After `import mixtura`, `from_pretrained(path, experts_implementation="mixtura")` of Transformers
-finds our experts. Registering them needs Transformers, and importing that takes seconds, which
-`mixtura --help` and a program that only wants `mixtura.config` would pay for nothing. So
-`offer_experts` registers at once where Transformers is already there, and otherwise waits for its
-import of `EXPERTS_MODULE`. The name stands for a function that fetches the true one at its first
-call, when everything has been imported.
+finds our experts, and `DistributedConfig(ep_implementation="mixtura")` our expert parallelism.
+Registering them needs Transformers, and importing that takes seconds, which `mixtura --help` and a
+program that only wants `mixtura.config` would pay for nothing. So `offer` registers at once what
+Transformers already has a table for, and otherwise waits for its import of the table's module. A
+name stands for a function that fetches the true one at its first call, when everything has been
+imported.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -30,6 +31,9 @@ NAME = "mixtura"
 
 EXPERTS_MODULE = "transformers.integrations.moe"
 """The module of Transformers that holds the table of experts functions."""
+
+PARALLEL_MODULE = "transformers.distributed.expert_parallel"
+"""The module that holds the table of implementations of expert parallelism."""
 
 
 def transformers_version() -> str | None:
@@ -64,18 +68,19 @@ def missing_transformers(version: str | None) -> MissingDependency:
     )
 
 
-def offer_experts() -> None:
-    """Register the experts function, now or when Transformers is imported; never out of window."""
-    loaded = sys.modules.get(EXPERTS_MODULE)
-    if loaded is not None:
-        _register(loaded)
-    elif not any(isinstance(finder, _ExpertsModuleFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ExpertsModuleFinder())
+def offer() -> None:
+    """Register what we have, now or when Transformers is imported; never out of the window."""
+    for name in _REGISTER:
+        loaded = sys.modules.get(name)
+        if loaded is not None:
+            _register(loaded)
+        elif not any(isinstance(f, _TableFinder) and f.name == name for f in sys.meta_path):
+            sys.meta_path.insert(0, _TableFinder(name))
 
 
 def _register(module: ModuleType) -> None:
     if is_supported(transformers_version()):
-        module.ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
+        _REGISTER[module.__name__](module)
 
 
 def _experts_forward(*args: Any, **kwargs: Any) -> Any:
@@ -84,14 +89,32 @@ def _experts_forward(*args: Any, **kwargs: Any) -> Any:
     return experts_forward(*args, **kwargs)
 
 
-class _ExpertsModuleFinder(MetaPathFinder):
-    """Sees the import of `EXPERTS_MODULE` once; the other finders do it, and we register after."""
+def _expert_parallel(*args: Any, **kwargs: Any) -> Any:
+    from mixtura.hf.ep_implementation import MixturaEP  # noqa: PLC0415 - needs Transformers
+
+    return MixturaEP(*args, **kwargs)
+
+
+_REGISTER: dict[str, Callable[[ModuleType], None]] = {
+    EXPERTS_MODULE: lambda module: module.ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward),
+    PARALLEL_MODULE: lambda module: module.EPImplementationInterface.register(
+        NAME, _expert_parallel
+    ),
+}
+"""What is registered once a module is there."""
+
+
+class _TableFinder(MetaPathFinder):
+    """Sees the import of a module once; the other finders do it, and we register after."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Nothing, but for one module the others' spec with a step added behind its loading."""
-        if fullname != EXPERTS_MODULE:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)

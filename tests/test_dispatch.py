@@ -525,7 +525,7 @@ class FakeDeepEp:
 @pytest.mark.parametrize("counts", [[5, 0, 3], [0, 0, 0], [1, 9, 2]])
 def test_deep_ep_is_called_as_it_wants(counts, monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_ep", FakeDeepEp)
-    monkeypatch.setattr(choice_module, "deep_ep_cannot", lambda *_: None)
+    monkeypatch.setattr(choice_module, "deep_ep_cannot", lambda *_, **__: None)
     monkeypatch.setattr(choice_module, "TorchTransport", virtual_ranks.ThreadTransport)
     monkeypatch.setattr(
         virtual_ranks.ThreadTransport, "group", property(lambda self: self), raising=False

@@ -527,7 +527,7 @@ def test_the_table_of_transformers_gets_one_name_more(monkeypatch):
     assert table == {**expected, "mixtura": experts_forward}
     monkeypatch.delitem(table, "mixtura")
     assert table == expected
-    plugin.offer_experts()  # what `import mixtura` does where Transformers is there already
+    plugin.offer()  # what `import mixtura` does where Transformers is there already
     assert table.keys() == {*expected, "mixtura"}
     assert output(one_line()).equal(output(one_line()))
     assert relative_error(output(one_line()), output(stock().model)) <= TOLERANCE
@@ -537,7 +537,7 @@ def test_outside_the_window_nothing_is_registered(monkeypatch):
     table = moe.ExpertsInterface._global_mapping
     monkeypatch.delitem(table, "mixtura")
     monkeypatch.setattr(metadata, "version", lambda name: "5.22.1")
-    plugin.offer_experts()
+    plugin.offer()
     assert "mixtura" not in table
     with pytest.raises(ValueError, match="mixtura"):
         one_line()

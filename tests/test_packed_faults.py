@@ -93,7 +93,7 @@ def loaded(path: Path) -> Tensors:
     load = PackedLoad(empty(), checkpoint_of(path))
     found = {}
     for name, module in load.experts.items():
-        config, matrices = load.matrices(module, torch.float32)
+        config, matrices = load.reader.matrices(module, torch.float32)
         weights = {role: dequantize(matrix) for role, matrix in matrices.items()}
         if config.gate_up is GateUp.SEPARATE:
             parts = [weights["gate_up_proj"], weights.pop("up_proj")]

@@ -72,7 +72,8 @@ def table_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
         "class Table(dict):\n    register = dict.__setitem__\n\nALL_EXPERTS_FUNCTIONS = Table()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(plugin, "EXPERTS_MODULE", name)
+    register = plugin._REGISTER[plugin.EXPERTS_MODULE]
+    monkeypatch.setattr(plugin, "_REGISTER", {name: register})
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.delitem(sys.modules, name, raising=False)
     return name
@@ -80,8 +81,8 @@ def table_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 def test_the_finder_leaves_no_trace_but_the_registration(table_module: str) -> None:
     finders = list(sys.meta_path)
-    plugin.offer_experts()
-    plugin.offer_experts()
+    plugin.offer()
+    plugin.offer()
     assert len(sys.meta_path) == len(finders) + 1
     module = importlib.import_module(table_module)
     assert list(module.ALL_EXPERTS_FUNCTIONS) == [plugin.NAME]
@@ -94,10 +95,18 @@ def test_out_of_the_window_nothing_is_registered(
     table_module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugin, "transformers_version", lambda: "5.24.0")
-    plugin.offer_experts()
+    plugin.offer()
     assert not importlib.import_module(table_module).ALL_EXPERTS_FUNCTIONS
-    plugin.offer_experts()  # now that it is loaded
+    plugin.offer()  # now that it is loaded
     assert not sys.modules[table_module].ALL_EXPERTS_FUNCTIONS
+
+
+def test_transformers_finds_the_expert_parallelism_whenever_it_is_imported() -> None:
+    run_python("""
+import mixtura
+from transformers.distributed.expert_parallel import EPImplementationInterface
+assert "mixtura" in EPImplementationInterface()
+""")
 
 
 @pytest.mark.parametrize(

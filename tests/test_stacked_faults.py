@@ -44,7 +44,7 @@ def read(directory: Path) -> None:
     del config.quantization_config
     load = PackedLoad(check_moe(config), SafetensorsCheckpoint(directory, settings))
     for module in load.experts.values():
-        load.matrices(module, torch.float32)
+        load.reader.matrices(module, torch.float32)
 
 
 def with_expert(stack: Tensor, value: int) -> Tensor:

@@ -266,7 +266,7 @@ def inputs_of(checkpoint: Scales, slots: dict[str, Slots], num_experts: int) -> 
     load: Any = PackedLoad.__new__(PackedLoad)
     load.checkpoint = checkpoint
     plan: Any = SimpleNamespace(config=SimpleNamespace(num_experts=num_experts))
-    return load.inputs(PackedModule("experts", plan, slots))
+    return load.reader.inputs(PackedModule("experts", plan, slots))
 
 
 def test_gate_and_up_that_are_modules_of_their_own_share_the_larger_scale() -> None:

@@ -11,10 +11,19 @@ import typer
 from mixtura.cli.doctor import memory_sizes
 from mixtura.cli.loading import DtypeName, quiet
 from mixtura.cli.options import Debug, Kernel, Model, Weights, model_or_demo
+from mixtura.cli.ranks import (
+    CutRanks,
+    DispatcherOption,
+    ExpertRanks,
+    PlacementOption,
+    RankOptions,
+)
+from mixtura.config import PlacementStrategy
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mixtura.hf.explain_ranks import RanksExplanation
     from mixtura.hf.explanation import ExpertsExplanation, LayerGroup, ModelExplanation
 
 NAME_WIDTH = 11
@@ -40,18 +49,28 @@ def explain(
         bool,
         typer.Option("--strict", help="Fail where a layer or kernel is not the preferred one."),
     ] = False,
+    ep: ExpertRanks = None,
+    tp: CutRanks = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="With --ep: machines that the ranks are on.")
+    ] = 1,
+    dispatcher: DispatcherOption = None,
+    placement: PlacementOption = PlacementStrategy.LINEAR,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program.")] = False,
     debug: Debug = False,
 ) -> None:
     """Say which kernel runs each MoE layer, and why.
 
-    Reads config.json and, where they are here, the headers of the files; downloads no weights.
+    Reads config.json and, where they are here, the headers of the files; downloads no weights. With
+    --ep: how rows would meet their experts, what each rank would hold, and whether ranks would pay.
     """
     name = model_or_demo(model)
+    spread = RankOptions(ep=ep, tp=tp, dispatcher=dispatcher, placement=placement).config()
     with quiet(debug):
         import torch
 
         from mixtura.hf import explain as core
+        from mixtura.hf.explain_ranks import explain_ranks
 
         found = core.explain(
             name,
@@ -61,9 +80,13 @@ def explain(
             kernel=kernel,
             strict=strict,
         )
+        ranks = None if spread is None else explain_ranks(found, spread, num_nodes=nodes)
     memory = memory_of(found.device)
     if as_json:
-        typer.echo(json.dumps(as_data(name, found, memory), indent=2))
+        data = as_data(name, found, memory)
+        if ranks is not None:
+            data["ranks"] = {**asdict(ranks), **advice_of(ranks, memory[0])}
+        typer.echo(json.dumps(data, indent=2))
         return
     from rich.console import Console
 
@@ -71,6 +94,8 @@ def explain(
     print_model(console, name if model is not None else "the model in the box", found, memory)
     for group in found.groups:
         print_group(console, group)
+    if ranks is not None:
+        print_ranks(console, ranks, memory[0])
 
 
 def memory_of(device: str) -> tuple[int | None, int | None]:
@@ -160,6 +185,53 @@ def print_group(console: Console, group: LayerGroup) -> None:
     if layer.experts is not None:
         for rejection in layer.experts.rejections:
             console.print(f"  {'':<{NAME_WIDTH}}not {rejection.kernel}: {escape(rejection.reason)}")
+
+
+def advice_of(ranks: RanksExplanation, capacity: int | None) -> dict[str, Any]:
+    """The prediction's conclusions, where there is one."""
+    found = ranks.prediction
+    if found is None:
+        return {}
+    return {
+        "alone_rate": found.alone_rate,
+        "ranks_rate": found.ranks_rate,
+        "advice": found.advice(capacity),
+    }
+
+
+def print_ranks(console: Console, ranks: RanksExplanation, capacity: int | None) -> None:
+    """What the model would be over ranks; `capacity` are the bytes of one memory."""
+    where = "one machine" if ranks.num_nodes == 1 else f"{ranks.num_nodes} machines"
+    console.print(f"\n[bold]{ranks.num_ranks} ranks[/bold] on {where}")
+    rows = {}
+    for number, (choice, count) in enumerate(ranks.choices):
+        name = "nothing is sent" if choice.name is None else choice.name.value
+        layers = "" if len(ranks.choices) == 1 else f" ({count} layers)"
+        label = "rows meet" if number == 0 else " " * number
+        rows[label] = f"{name}: {choice.reason}{layers}"
+    sizes = ", ".join(
+        f"rank {rank}: {size(num_bytes)}" for rank, num_bytes in enumerate(ranks.expert_bytes)
+    )
+    least, most = min(ranks.expert_bytes), max(ranks.expert_bytes)
+    if least == most:
+        sizes = f"{size(most)} on every rank"
+    rows["experts"] = f"{sizes}; and {size(ranks.beside_bytes)} of other weights on each"
+    found = ranks.prediction
+    if found is None:
+        rows["predicted"] = "nothing: how many experts a token visits is not known"
+    else:
+        rows["predicted"] = (
+            f"{found.ranks_rate:.3g} tokens/s, in one process {found.alone_rate:.3g}: "
+            f"{found.advice(capacity)}"
+        )
+        machine = ranks.machine
+        memory = "a machine's ranks share a memory" if machine.shares_memory else "each its own"
+        rows["with"] = (
+            f"{machine.bandwidth / 1e9:,.0f} GB/s from memory ({memory}), "
+            f"{machine.latency * 1e6:.0f} µs an exchange, {machine.link / 1e9:.0f} GB/s between "
+            f"ranks; one token, even loads, nothing overlapped"
+        )
+    _print_rows(console, rows)
 
 
 def _experts_rows(experts: ExpertsExplanation, num_layers: int) -> dict[str, str]:

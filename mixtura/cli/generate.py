@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
 from mixtura.cli.options import Debug, Device, Kernel, Linears, Model, Weights
-from mixtura.config import GatePrecision
+from mixtura.cli.ranks import (
+    CutRanks,
+    DispatcherOption,
+    ExpertRanks,
+    PlacementOption,
+    RankOptions,
+    from_first,
+    is_speaker,
+    open_ranks,
+    shared_seed,
+)
+from mixtura.config import GatePrecision, PlacementStrategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mixtura.hf.generate import Generation
+    from mixtura.hf.generate import GenerateOptions, Generation
+    from mixtura.parallel import ExpertParallel
 
 STDIN = "-"
 
@@ -57,25 +70,26 @@ def generate(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Same row, whatever else is in the batch.")
     ] = False,
+    ep: ExpertRanks = None,
+    tp: CutRanks = None,
+    dispatcher: DispatcherOption = None,
+    placement: PlacementOption = PlacementStrategy.LINEAR,
     debug: Debug = False,
 ) -> None:
     """Generate text, and say how fast it came.
 
-    The text goes to standard output as it comes, all else to standard error.
+    The text goes to standard output as it comes, all else to standard error. With --ep the experts
+    are spread over processes, which torchrun starts: torchrun --nproc-per-node 2 -m mixtura
+    generate TEXT --ep 2. The first of them prints.
     """
     if prompt is None:
         raise typer.TyperException(
             "A prompt is missing. Give one, as in mixtura generate 'Once upon a time', or - for "
             "standard input."
         )
-    text = read_stdin() if prompt == STDIN else prompt
+    spread = RankOptions(ep=ep, tp=tp, dispatcher=dispatcher, placement=placement).config()
     with quiet(debug):
-        from mixtura.hf.generate import (
-            GenerateOptions,
-            TextMeter,
-            generate_text,
-            prepare_experts,
-        )
+        from mixtura.hf.generate import GenerateOptions
     options = GenerateOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -83,33 +97,49 @@ def generate(
         seed=seed,
         is_chat=chat,
     )
-    loaded, tokenizer = load(
-        LoadOptions(
-            model=model,
-            device=device,
-            dtype=dtype,
-            weights=weights,
-            linears=linears,
-            kernel=kernel,
-            strict=strict,
-            gate=gate,
-            deterministic=deterministic,
-            debug=debug,
+    with open_ranks(spread, device) as (ranks, own_device):
+        text = prompt if prompt != STDIN else from_first(ranks, read_stdin)
+        if temperature > 0:
+            options = replace(options, seed=shared_seed(ranks, seed))
+        run(
+            LoadOptions(
+                model=model,
+                device=own_device,
+                dtype=dtype,
+                weights=weights,
+                linears=linears,
+                kernel=kernel,
+                strict=strict,
+                gate=gate,
+                deterministic=deterministic,
+                debug=debug,
+                ranks=ranks,
+            ),
+            text,
+            options,
         )
-    )
+
+
+def run(load_options: LoadOptions, text: str, options: GenerateOptions) -> None:
+    """Load the model, continue the text and print; of several ranks the first one prints."""
+    with quiet(load_options.debug):
+        from mixtura.hf.generate import TextMeter, generate_text, prepare_experts
+    loaded, tokenizer = load(load_options)
     kernels = prepare_experts(loaded)
-    if sys.stdout.isatty() and sys.stderr.isatty() and not chat:
+    speaks = is_speaker()
+    is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    if is_terminal and not options.is_chat and speaks:
         print(text, end="", file=sys.stderr, flush=True)  # read on; a pipe gets the new text alone
-    meter = TextMeter(tokenizer, write, loaded.device)
+    meter = TextMeter(tokenizer, write if speaks else None, loaded.device)
     was_interrupted = False
     try:
-        with quiet(debug):
+        with quiet(load_options.debug):
             generate_text(loaded, tokenizer, text, options, meter=meter)
     except KeyboardInterrupt:
         was_interrupted = True
-    if meter.num_prompt_tokens:
+    if meter.num_prompt_tokens and speaks:
         write("\n")
-        print_summary(meter.result(), loaded, kernels, words_of_formats(weights, linears))
+        print_summary(meter.result(), loaded, kernels, load_options)
     if was_interrupted:
         raise KeyboardInterrupt
 
@@ -147,9 +177,9 @@ def words_of_formats(weights: str | None, linears: str | None) -> str | None:
 
 
 def print_summary(
-    result: Generation, model: PreTrainedModel, kernels: dict[str, int], formats: str | None
+    result: Generation, model: PreTrainedModel, kernels: dict[str, int], options: LoadOptions
 ) -> None:
-    """Print the figures, one to a line; `formats` says what the weights are kept in, or is None."""
+    """Print the figures, one to a line; `options` are those that the model was loaded with."""
     from mixtura.hf import moe_layers
 
     layers = moe_layers(model)
@@ -168,10 +198,31 @@ def print_summary(
         "kernel": f"{kernel} on {model.device}",
         "MoE layers": f"{num_ours} of {len(layers)} taken over{experts_only}",
     }
+    formats = words_of_formats(options.weights, options.linears)
     if formats is not None:
         rows["weights"] = formats
+    if options.ranks is not None:
+        rows["ranks"] = words_of_ranks(options.ranks, model)
     for name, value in rows.items():
         print(f"{name:<11}  {value}", file=sys.stderr)
+
+
+def words_of_ranks(ranks: ExpertParallel, model: PreTrainedModel) -> str:
+    """How many ranks share the experts, how rows meet them, and what this one holds."""
+    from mixtura.experts import PackedExperts
+    from mixtura.hf.experts import FamilyExperts
+    from mixtura.layer import FusedMoE
+
+    names, num_bytes = set(), 0
+    for module in model.modules():
+        if isinstance(module, (FusedMoE, FamilyExperts)):
+            names.add(module.dispatcher.name)
+        if isinstance(module, PackedExperts) and module.given is not None:
+            num_bytes += module.given.num_bytes
+    return (
+        f"{ranks.config.num_ranks}, by {' and '.join(sorted(names))}; "
+        f"{num_bytes / 2**20:,.1f} MiB of experts on the first"
+    )
 
 
 def _rate(rate: float | None) -> str:

@@ -11,11 +11,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from mixtura.cli.options import model_or_demo
+from mixtura.cli.ranks import is_speaker
 from mixtura.config import GatePrecision
 from mixtura.plugin import is_supported, missing_transformers, transformers_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mixtura.parallel import ExpertParallel
 
 
 class DtypeName(StrEnum):
@@ -47,6 +50,7 @@ class LoadOptions:
     gate: GatePrecision = GatePrecision.FP32
     deterministic: bool = False
     debug: bool = False
+    ranks: ExpertParallel | None = None
 
 
 def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -57,7 +61,13 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """
     with quiet(options.debug):
         from mixtura.hf import convert
-        from mixtura.hf.load import load_config, load_stock, load_tokenizer, parse_device
+        from mixtura.hf.load import (
+            load_config,
+            load_spread,
+            load_stock,
+            load_tokenizer,
+            parse_device,
+        )
         from mixtura.hf.loader import LoadFormats
         from mixtura.kernels import get_kernel
 
@@ -68,7 +78,11 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         name = model_or_demo(options.model)
         load_config(name)  # what is wrong with it is told before the tokenizer trips over it
         tokenizer = load_tokenizer(name)
-        stock: Any = load_stock(name, formats, dtype=options.dtype.for_torch)
+        stock: Any
+        if options.ranks is None:
+            stock = load_stock(name, formats, dtype=options.dtype.for_torch)
+        else:
+            stock = load_spread(name, options.ranks, formats, dtype=options.dtype.for_torch)
         # Kernels are chosen for the device on which they will run.
         model = convert(
             stock.to(device),
@@ -93,7 +107,7 @@ def quiet(debug: bool = False) -> Iterator[None]:
     """
     if not is_supported(transformers_version()):
         raise missing_transformers(transformers_version())
-    if "transformers" not in sys.modules and sys.stderr.isatty():
+    if "transformers" not in sys.modules and sys.stderr.isatty() and is_speaker():
         print("starting torch and Transformers ...", file=sys.stderr)
     from transformers.utils import logging
 
@@ -103,7 +117,7 @@ def quiet(debug: bool = False) -> Iterator[None]:
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not is_speaker():
         logging.disable_progress_bar()
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -114,5 +128,5 @@ def quiet(debug: bool = False) -> Iterator[None]:
         if had_bars:
             logging.enable_progress_bar()
     for warning in caught:
-        if type(warning.message).__module__.startswith("mixtura."):
+        if is_speaker() and type(warning.message).__module__.startswith("mixtura."):
             print(f"warning: {warning.message}", file=sys.stderr)

@@ -6,6 +6,7 @@ from mixtura.dispatch.all_to_all import AllToAllDispatcher
 from mixtura.dispatch.choice import (
     DispatcherChoice,
     choose_dispatcher,
+    create_dispatcher,
     dispatcher_for,
     expected_ranks,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "LocalDispatcher",
     "SharedBatchDispatcher",
     "choose_dispatcher",
+    "create_dispatcher",
     "dispatcher_for",
     "expected_ranks",
 ]

@@ -73,18 +73,20 @@ def dispatcher_for(config: MoEConfig, spread: Spread | None) -> Dispatcher:
     """
     if spread is None:
         return LocalDispatcher()
+    return create_dispatcher(spread, config.routing.top_k, deterministic=config.deterministic)
+
+
+def create_dispatcher(spread: Spread, top_k: int, *, deterministic: bool = False) -> Dispatcher:
+    """The dispatcher of experts over ranks, of which every token visits so many."""
     parallel, transport, slots = spread.ranks.config, spread.ranks.transport, spread.slots
-    choice = choose_dispatcher(
-        parallel, num_experts=config.routing.num_experts, top_k=config.routing.top_k
-    )
+    choice = choose_dispatcher(parallel, num_experts=spread.placement.num_experts, top_k=top_k)
     if choice.name is None:
         return LocalDispatcher()
-    terms = config.deterministic
     if choice.name is DispatcherName.ALL_REDUCE:
-        return AllReduceDispatcher(transport, slots, wants_terms=terms)
+        return AllReduceDispatcher(transport, slots, wants_terms=deterministic)
     inner: Dispatcher
     if choice.name is DispatcherName.DEEP_EP:
-        reason = deep_ep_cannot(config, spread)
+        reason = deep_ep_cannot(spread, deterministic=deterministic)
         if reason is not None:
             raise ConfigError(
                 f"dispatcher (deep_ep) must be able to serve the layer; got: {reason}. Use "
@@ -93,10 +95,14 @@ def dispatcher_for(config: MoEConfig, spread: Spread | None) -> Dispatcher:
         assert isinstance(transport, TorchTransport)
         inner = DeepEpDispatcher(transport, spread.placement.topology.num_physical_experts)
     elif choice.name is DispatcherName.ALL_GATHER:
-        inner = AllGatherDispatcher(transport, slots, wire=parallel.wire, wants_terms=terms)
+        inner = AllGatherDispatcher(transport, slots, wire=parallel.wire, wants_terms=deterministic)
     else:
         inner = AllToAllDispatcher(
-            transport, slots, tp_size=parallel.tp_size, wire=parallel.wire, wants_terms=terms
+            transport,
+            slots,
+            tp_size=parallel.tp_size,
+            wire=parallel.wire,
+            wants_terms=deterministic,
         )
     is_shared = parallel.tokens is TokensHeld.SHARED
     return SharedBatchDispatcher(transport, inner) if is_shared else inner

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mixtura.config import MoEConfig, WireFormat
+from mixtura.config import WireFormat
 from mixtura.dispatch.contract import Dispatched, Dispatcher, check_no_grad
 from mixtura.errors import MissingDependency
 from mixtura.parallel.ranks import Spread
@@ -25,14 +25,14 @@ from mixtura.types import ExpertBatch, Full
 PACKAGE = "deep_ep"
 
 
-def deep_ep_cannot(config: MoEConfig, spread: Spread) -> str | None:
-    """Why DeepEP cannot serve a layer here, or None."""
+def deep_ep_cannot(spread: Spread, *, deterministic: bool) -> str | None:
+    """Why DeepEP cannot serve experts here, or None."""
     parallel, sizes = spread.ranks.config, spread.placement.topology.slots_per_rank
     if importlib.util.find_spec(PACKAGE) is None:
         return "the package deep_ep is not installed"
     if spread.ranks.transport.device != "cuda":
         return f"it is for CUDA, and the ranks are on {spread.ranks.transport.device}"
-    if config.deterministic:
+    if deterministic:
         return "it sums in the rows' dtype, and deterministic=True was asked for"
     if parallel.tp_size > 1:
         return f"it sends a row to one rank of an expert, and tp_size is {parallel.tp_size}"

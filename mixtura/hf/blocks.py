@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from mixtura.config import (
     RunnerConfig,
     SharedExpertsOrder,
 )
-from mixtura.dispatch import LocalDispatcher
-from mixtura.errors import UnsupportedModel
+from mixtura.dispatch import create_dispatcher, dispatcher_for
+from mixtura.errors import ConfigError, InputError, UnsupportedModel
 from mixtura.experts import (
     ExpertsOptions,
     PackedExperts,
@@ -39,7 +40,10 @@ from mixtura.hf.experts import (
 )
 from mixtura.hf.read import read_activation, read_experts, read_shared_experts
 from mixtura.layer import FusedMoE, LayerPlan
+from mixtura.parallel.placement import Placement
+from mixtura.parallel.ranks import ExpertParallel, Spread
 from mixtura.routing import router_for
+from mixtura.routing.families import TOP_K, read
 from mixtura.routing.gate import GatePlan
 from mixtura.runner import LayerOutput, create_runner
 from mixtura.types import ExpertBatch, Routing, TokenInputs
@@ -199,12 +203,13 @@ def block_spec(module: nn.Module) -> BlockSpec | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockOptions:
-    """How converted blocks run; see `convert`."""
+    """How converted blocks run; see `convert`. `ranks` are to share the experts."""
 
     experts: ExpertsOptions
     runner: RunnerConfig
     gate: GatePrecision
     debug: bool
+    ranks: ExpertParallel | None = None
 
 
 class FamilyMoE(FusedMoE):
@@ -323,7 +328,7 @@ def plan_block(
     routing = RoutingConfig.from_hf(hf_config, layer_index=layer_index)
     experts_options = replace(options.experts, weight_on=routing.weight_on)
     experts = plan_experts(experts_module, experts_options, spec.read_experts)
-    experts_config = experts.config
+    experts_config = whole_config(experts)
     gate = getattr(block, spec.gate)
     check_in_memory(gate, [spec.gate_class.weight_path])
     if spec.shared_gate is not None:
@@ -343,14 +348,72 @@ def plan_block(
         activation_dtype=options.experts.activation_dtype,
     )
     _check_gate(gate, spec, config, type(block).__name__)
+    experts = spread_out(experts, options.ranks, partial(Spread.of, config))
     return BlockPlan(
         block=block,
         spec=spec,
         experts=experts,
         layer=LayerPlan(
-            config, router_for(routing), create_runner(config.runner), LocalDispatcher()
+            config,
+            router_for(routing),
+            create_runner(config.runner),
+            dispatcher_for(config, experts.spread),
+            experts.spread,
         ),
     )
+
+
+def plan_alone(module: nn.Module, hf_config: Any, options: BlockOptions) -> ExpertsPlan:
+    """Read experts whose block stays the family's own; they are left as they are.
+
+    Raises:
+        UnsupportedModel, ConfigError: as `plan_block`.
+    """
+    plan = plan_experts(module, options.experts)
+    deterministic = options.experts.deterministic
+    create = partial(Spread.of_experts, whole_config(plan), deterministic=deterministic)
+    plan = spread_out(plan, options.ranks, create)
+    if plan.spread is None:
+        return plan
+    top_k = read_top_k(hf_config)
+    dispatcher = create_dispatcher(plan.spread, top_k or 1, deterministic=deterministic)
+    return replace(plan, dispatcher=dispatcher)
+
+
+def read_top_k(hf_config: Any) -> int | None:
+    """K as the configuration names it, where one number holds for all layers."""
+    try:
+        found = read(hf_config, TOP_K)
+    except ConfigError:
+        return None
+    return found if isinstance(found, int) else None
+
+
+def whole_config(plan: ExpertsPlan) -> ExpertsConfig:
+    """What the experts of all ranks are."""
+    return plan.config if plan.spread is None else plan.spread.whole_experts(plan.config)
+
+
+def spread_out(
+    plan: ExpertsPlan,
+    ranks: ExpertParallel | None,
+    create: Callable[[ExpertParallel, Placement | None], Spread],
+) -> ExpertsPlan:
+    """Experts over ranks: as they were loaded, else a part of those that this rank has all of.
+
+    Raises:
+        ConfigError: they cannot be spread so.
+        InputError: they have been spread over other ranks.
+    """
+    if plan.spread is not None:
+        if ranks is not None and ranks.config != plan.spread.ranks.config:
+            raise InputError(
+                f"experts that have been spread ({plan.spread.ranks.config}) must stay so; got "
+                f"{ranks.config}. Load the model anew."
+            )
+        create(plan.spread.ranks, plan.spread.placement)  # checks what this call asks for
+        return replace(plan, spread=plan.spread.to(plan.weights().device))
+    return plan if ranks is None else plan.sharded(create(ranks, None))
 
 
 def _check_gate(gate: nn.Module, spec: BlockSpec, config: MoEConfig, name: str) -> None:

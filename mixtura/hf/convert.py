@@ -6,21 +6,38 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from mixtura.config import ActivationDtype, GatePrecision, RunnerConfig
+from mixtura.config import ActivationDtype, GatePrecision
 from mixtura.errors import UnsupportedModel
 from mixtura.experts import ExpertsOptions
 from mixtura.hf.adopt import layer_index
 from mixtura.hf.attention import use_attention
-from mixtura.hf.blocks import BlockOptions, BlockPlan, FamilyMoE, block_spec, plan_block
-from mixtura.hf.experts import ExpertsPlan, FamilyExperts, plan_experts
+from mixtura.hf.blocks import (
+    BlockOptions,
+    BlockPlan,
+    FamilyMoE,
+    block_spec,
+    plan_alone,
+    plan_block,
+)
+from mixtura.hf.experts import ExpertsPlan, FamilyExperts
 from mixtura.hf.linears import set_activation_dtype
+from mixtura.hf.parallel import (
+    Running,
+    RunOptions,
+    create_ranks,
+    find_ranks,
+    layer_values,
+    transport_of,
+    watch_steps,
+)
 from mixtura.kernels import get_kernel
 from mixtura.layer import FusedMoE
+from mixtura.parallel import agree
 from mixtura.plugin import NAME
 
 NOT_TAKEN_OVER: dict[str, str] = {
@@ -31,6 +48,9 @@ NOT_TAKEN_OVER: dict[str, str] = {
     "VitPoseNaiveMoe": "the expert is chosen by data set, not routed",
 }
 """Classes of Transformers that are mixtures of something, and why they stay as they are."""
+
+Plans = tuple[dict[str, BlockPlan], dict[str, ExpertsPlan], dict[str, str], str | None]
+"""Blocks, experts and reasons by module path, as of `plan_layers`; and what stays, in words."""
 
 EXPERTS_ONLY = "only its experts are ours"
 
@@ -58,9 +78,9 @@ def convert(
     strict: bool = False,
     gate: GatePrecision | str = GatePrecision.FP32,
     deterministic: bool = False,
-    max_rows_per_pass: int | None = None,
     activation_dtype: ActivationDtype | str | None = None,
     debug: bool = False,
+    **running: Unpack[Running],
 ) -> PreTrainedModel:
     """Take over the MoE layers of a model, in place and without moving a weight.
 
@@ -74,10 +94,12 @@ def convert(
             whole, or where the preferred kernel cannot run.
         gate: of blocks taken over whole, "fp32", or "native" for each family's own arithmetic.
         deterministic: bitwise the same row whatever else is in the batch.
-        max_rows_per_pass: bound on the tokens that go through such a block at a time.
         activation_dtype: "int8" or "bf16", the arithmetic with quantized experts and packed linear
             layers; None leaves it to the checkpoint's activation scales, and else to the kernel.
         debug: check logits and ids on every call.
+        running: see `Running`. With `parallel` every rank keeps its part of the experts and lets
+            go of the rest, which it had in memory until then: `from_pretrained` reads only the
+            part. A model that was loaded so needs no `parallel` here.
 
     Returns:
         The same model.
@@ -86,9 +108,13 @@ def convert(
         ConfigError: an argument is none of its choices, or config.json asks for the impossible.
         UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
         NoKernelFits: none can run the experts, or not the one insisted on.
+        ParallelError: ranks differ in what they would run; the message names the value.
     """
     if kernel is not None:
         get_kernel(kernel)
+    run = RunOptions(**running)
+    loaded = find_ranks(model)
+    ranks = loaded if run.parallel is None else create_ranks(run.parallel, run.overlap_min_tokens)
     options = BlockOptions(
         experts=ExpertsOptions(
             kernel=kernel,
@@ -98,15 +124,22 @@ def convert(
             if activation_dtype is None
             else ActivationDtype.parse(activation_dtype),
         ),
-        runner=RunnerConfig(max_rows_per_pass=max_rows_per_pass),
+        runner=run.runner(ranks),
         gate=GatePrecision.parse(gate),
         debug=debug,
+        ranks=ranks,
     )
-    blocks, experts, reasons = plan_layers(model, options)
-    kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
-    left = check_left(model, survey(model, kinds, reasons), strict=strict)
-    for plan in [*(block.experts for block in blocks.values()), *experts.values()]:
-        plan.decide()
+
+    def read() -> tuple[Mapping[str, Any], Plans]:
+        blocks, experts, reasons = plan_layers(model, options)
+        kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
+        left = check_left(model, survey(model, kinds, reasons), strict=strict)
+        found = {name: block.experts for name, block in blocks.items()} | experts
+        decisions = {name: plan.decide() for name, plan in found.items()}
+        values = layer_values(model, options, found, decisions) if ranks is not None else {}
+        return values, (blocks, experts, reasons, left)
+
+    blocks, experts, reasons, left = agree(transport_of(ranks), read)
     for block in blocks.values():
         block.adopt()
     for plan in experts.values():
@@ -116,6 +149,8 @@ def convert(
         model.set_experts_implementation(NAME)
     set_activation_dtype(model, options.experts.activation_dtype)
     use_attention(model)
+    if ranks is not None:
+        watch_steps(model, ranks, [*blocks, *experts])
     if left is not None:
         warnings.warn(left, UnconvertedLayerWarning, stacklevel=2)
     return model
@@ -138,7 +173,7 @@ def plan_layers(
                 layer = layer_index(name)
                 blocks[name] = plan_block(module, spec, owner[name], layer, options)
             elif is_decorated(module):
-                experts[name] = plan_experts(module, options.experts)
+                experts[name] = plan_alone(module, owner[name], options)
         except UnsupportedModel as error:
             reasons[name] = str(error)
     return blocks, experts, reasons

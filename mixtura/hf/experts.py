@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mixtura.config import ExpertsConfig
+from mixtura.dispatch import Dispatcher, LocalDispatcher
 from mixtura.errors import InputError, UnsupportedModel
 from mixtura.experts import ExpertsOptions, PackedExperts, StoredTensor
 from mixtura.experts.storage import Storage, read_weights
@@ -20,12 +21,20 @@ from mixtura.hf.adopt import adopt_class, offloads
 from mixtura.hf.read import read_experts
 from mixtura.kernels import KernelDecision, select_kernel
 from mixtura.layer import check_ids
+from mixtura.parallel.ranks import Spread
+from mixtura.parallel.shard import shard_weights
 from mixtura.plugin import NAME
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 
 class AdoptedExperts(PackedExperts):
-    """What experts of Transformers models have in common once they are ours."""
+    """What experts of Transformers models have in common once they are ours.
+
+    Attributes:
+        spread: the ranks that share the experts; None where this one has them all.
+    """
+
+    spread: Spread | None = None
 
     def _is_kept(self) -> bool:
         return not offloads(self) and super()._is_kept()
@@ -42,15 +51,20 @@ class AdoptedExperts(PackedExperts):
         if self.given is not None:
             raise InputError(
                 f"the experts of {type(self).__name__} ({self.given.scheme}) must be dense to "
-                f"{rule}; got quantized ones. Keep the checkpoint they came from, or load it "
-                f"without weights=."
+                f"{rule}, and all of them; got quantized ones, or a rank's. Keep the checkpoint "
+                f"they came from, or load it without weights= and parallel=."
             )
 
 
 class FamilyExperts(AdoptedExperts):
-    """A family's experts module, adopted; its forward stays the family's, and comes back to us."""
+    """A family's experts module, adopted; its forward stays the family's, and comes back to us.
+
+    Attributes:
+        dispatcher: where tokens meet their experts.
+    """
 
     config: Any
+    dispatcher: Dispatcher = LocalDispatcher()
 
     def adopt(self, *args: Any, **kwargs: Any) -> None:
         super().adopt(*args, **kwargs)
@@ -64,6 +78,17 @@ class FamilyExperts(AdoptedExperts):
     def _watch_calls(self) -> None:
         if _restore_for_others not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(_restore_for_others)
+
+    def run_spread(self, spread: Spread, batch: ExpertBatch) -> Tensor:
+        """Rows with logical ids -> (T,H), wherever their experts are."""
+        rows, dispatcher = batch.hidden_states, self.dispatcher
+        num_rows = None
+        if dispatcher.needs_counts:
+            num_rows = spread.ranks.clock.current(rows.shape[0]).num_tokens
+        physical_ids = spread.to_physical(batch.local_ids)
+        arrived = dispatcher.dispatch(rows, physical_ids, batch.topk_weights, num_rows).wait()
+        out = self.run_batch(arrived.batch, reduce=not dispatcher.wants_terms)
+        return dispatcher.combine(out, arrived.handle).wait().tensor
 
     @property
     def is_in_use(self) -> bool:
@@ -105,8 +130,10 @@ class ExpertsPlan:
     Attributes:
         module: still as it was. config, storage: what it computes, and from what.
         options: how it is to be run.
-        given: immutable weights instead of those in the storage.
+        given: immutable weights instead of those in the storage, which go when they are adopted.
         row_dtype: see `PackedExperts`.
+        spread: the ranks that share the experts; `config` and `given` are this rank's then.
+        dispatcher: of experts whose block stays the family's own.
     """
 
     module: nn.Module
@@ -115,6 +142,20 @@ class ExpertsPlan:
     options: ExpertsOptions
     given: ExpertWeights | None = None
     row_dtype: torch.dtype | None = None
+    spread: Spread | None = None
+    dispatcher: Dispatcher | None = None
+
+    def with_given(self, given: ExpertWeights, row_dtype: torch.dtype) -> ExpertsPlan:
+        """The same experts with immutable weights for rows of a dtype."""
+        return replace(self, config=given.config, given=given, row_dtype=row_dtype)
+
+    def sharded(self, spread: Spread) -> ExpertsPlan:
+        """This rank's part of experts that it has all of."""
+        weights = self.weights()
+        spread = spread.to(weights.device)
+        given = shard_weights(weights.mapped(Tensor.detach), spread)
+        row_dtype = self.row_dtype or weights.gate_up_proj.dtype
+        return replace(self.with_given(given, row_dtype), spread=spread)
 
     def weights(self) -> ExpertWeights:
         """The weights: those given, or what the module stores."""
@@ -148,10 +189,18 @@ class ExpertsPlan:
         """Make the module one of ours. It cannot fail; observers stay."""
         module: Any = self.module
         observers = module.observers if isinstance(module, PackedExperts) else ()
+        if self.given is not None:
+            for stored in self.storage.values():
+                owner, _, leaf = stored.path.rpartition(".")
+                delattr(module.get_submodule(owner), leaf)
         adopt_class(module, ours)
-        module.adopt(self.config, self.options, self.storage, self.given)
+        storage = self.storage if self.given is None else {}
+        module.adopt(self.config, self.options, storage, self.given)
         module.row_dtype = self.row_dtype
         module.observers = observers
+        module.spread = self.spread
+        if self.dispatcher is not None:
+            module.dispatcher = self.dispatcher
 
 
 ReadExperts = Callable[[nn.Module], tuple[ExpertsConfig, dict[str, StoredTensor]]]
@@ -173,7 +222,8 @@ def plan_experts(
         module.materialize()
         given, row_dtype = module.given, module.row_dtype
     if given is not None:
-        return ExpertsPlan(module, given.config, {}, options, given, row_dtype)
+        spread = module.spread if isinstance(module, AdoptedExperts) else None
+        return ExpertsPlan(module, given.config, {}, options, given, row_dtype, spread)
     config, storage = read(module)
     check_in_memory(module, [stored.path for stored in storage.values()])
     return ExpertsPlan(module, config, storage, options, row_dtype=row_dtype)
@@ -236,7 +286,10 @@ def experts_forward(
         )
     _adopt_once(module)
     assert isinstance(module, PackedExperts)
+    spread = module.spread if isinstance(module, AdoptedExperts) else None
     num_experts = module.experts_config.num_experts
+    if spread is not None:
+        num_experts = spread.placement.num_experts
     ids = top_k_index.to(torch.int32)
     if getattr(module, "_is_expert_parallel", False):
         ids = torch.where(ids >= num_experts, -1, ids)
@@ -245,6 +298,9 @@ def experts_forward(
     for observer in module.observers:
         observer(ids, top_k_weights)
     with read_once(module):
+        if spread is not None:
+            assert isinstance(module, FamilyExperts), "experts over ranks run after convert"
+            return module.run_spread(spread, ExpertBatch(hidden_states, ids, top_k_weights))
         return module.run_batch(ExpertBatch(hidden_states, ids, top_k_weights))
 
 

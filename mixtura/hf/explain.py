@@ -23,7 +23,7 @@ from mixtura.errors import ConfigError, UnsupportedModel
 from mixtura.experts import ExpertsOptions
 from mixtura.experts.words import activation_in_words
 from mixtura.hf.adopt import get_attribute, layer_index
-from mixtura.hf.blocks import BlockOptions, BlockPlan
+from mixtura.hf.blocks import BlockOptions, BlockPlan, read_top_k
 from mixtura.hf.convert import check_left, config_owners, plan_layers, survey
 from mixtura.hf.experts import ExpertsPlan
 from mixtura.hf.explanation import (
@@ -52,7 +52,6 @@ from mixtura.kernels.cpu.linear import cannot_pack
 from mixtura.quant.activations import StaticInputs
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import QuantizedMatrix
-from mixtura.routing.families import TOP_K, read
 from mixtura.routing.words import in_words
 from mixtura.types import ExpertWeights
 
@@ -209,7 +208,7 @@ class _Reader:
 
     def _linears(self, load: PackedLoad) -> None:
         for path, name in load.linears.items():
-            matrix = load.linear_matrix(name)
+            matrix = load.reader.linear_matrix(name)
             if cannot_pack(matrix.scheme) is None:
                 weight: Tensor = get_attribute(self.model, f"{path}.weight")
                 self.saved_bytes += weight.nbytes - matrix.num_bytes
@@ -251,8 +250,8 @@ class _Reader:
         words_of_format = self.format.value if self.format else None
         packed = None if self.load is None else self.load.experts.get(name)
         if self.load is not None and packed is not None:
-            config, matrices = self.load.matrices(packed, self.model.dtype)
-            weights = _with_matrices(plan, config, matrices, self.load.inputs(packed))
+            config, matrices = self.load.reader.matrices(packed, self.model.dtype)
+            weights = _with_matrices(plan, config, matrices, self.load.reader.inputs(packed))
             num_bytes, words_of_format = weights.num_bytes, formats_in_words(matrices)
             plan = replace(plan, config=config, given=weights, row_dtype=self.model.dtype)
         elif self.format is not None:
@@ -267,7 +266,7 @@ class _Reader:
         weights = plan.weights()
         norm = weights.post_norm.nbytes if weights.post_norm is not None else 0
         per_expert = (weights.num_bytes - norm) // config.num_experts
-        top_k = routing.top_k if routing is not None else self._top_k(name)
+        top_k = routing.top_k if routing is not None else read_top_k(self.owners[name])
         kept = self.stored.dtypes.get(f"{name}.{plan.storage['gate_up_proj'].path}")
         return ExpertsExplanation(
             num_experts=config.num_experts,
@@ -293,14 +292,6 @@ class _Reader:
                 norm + per_expert * min(top_k, config.num_experts) if top_k is not None else None
             ),
         )
-
-    def _top_k(self, name: str) -> int | None:
-        """K as the configuration names it, where one number holds for all layers."""
-        try:
-            found = read(self.owners[name], TOP_K)
-        except ConfigError:
-            return None
-        return found if isinstance(found, int) else None
 
 
 def _with_matrices(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from mixtura.hf.mapped import MappedFiles
 from mixtura.hf.stored import Packed, StoredCheckpoint, StoredTensor
 from mixtura.quant.codecs.contract import Decoded
 from mixtura.quant.codecs.gguf import DENSE_TYPES
-from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.matrix import QuantizedMatrix, stack_experts
 
 ENDING = ".gguf"
 
@@ -103,6 +103,10 @@ class GgufCheckpoint(StoredCheckpoint):
             return
         for expert in range(shape[0]):
             yield self.model.matrix(stored, expert).matrix
+
+    def experts(self, stored: str, numbers: Sequence[int]) -> QuantizedMatrix:
+        found = (self.model.matrix(stored, number).matrix for number in numbers)
+        return stack_experts(found, len(numbers))
 
     def plain(self, name: str) -> Tensor:
         dense, number = self._dense[name]

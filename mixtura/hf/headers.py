@@ -253,7 +253,7 @@ def _check_alike(names: list[str], headers: Mapping[str, TensorHeader], target: 
         )
 
 
-def _number(name: str) -> int | None:
+def expert_number(name: str) -> int | None:
     """The expert whose tensor it is, by the number behind "experts"; None where there is none."""
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if "expert" in part), len(parts))
@@ -265,7 +265,7 @@ def _check_numbers(target: str, sources: Mapping[Any, list[str]]) -> None:
 
     Experts are merged in the order of their numbers, so a gap would move those that follow.
     """
-    numbered = {p: [_number(n) for n in names] for p, names in sources.items() if EACH in p}
+    numbered = {p: [expert_number(n) for n in names] for p, names in sources.items() if EACH in p}
     if any(None in found for found in numbered.values()):
         return  # stacks
     for pattern, found in numbered.items():

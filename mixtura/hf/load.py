@@ -27,16 +27,24 @@ from mixtura.hf.checkpoint import read_json
 from mixtura.hf.convert import convert, is_decorated
 from mixtura.hf.gguf import load_gguf_tokenizer, read_gguf
 from mixtura.hf.gguf_checkpoint import GgufCheckpoint, is_gguf
+from mixtura.hf.headers import stored_dtype
 from mixtura.hf.ledger import CheckpointWarning, WeightLedger
-from mixtura.hf.load_checks import check_arguments, check_complete, check_no_formats
+from mixtura.hf.load_checks import (
+    check_arguments,
+    check_complete,
+    check_no_formats,
+    check_spread,
+)
 from mixtura.hf.loader import LoadFormats, LoadStopped, Stream, StreamConfig, plan_load
 from mixtura.hf.packed_load import PackedLoad
+from mixtura.hf.parallel import checkpoint_values, create_ranks
 from mixtura.hf.stored import (
     DenseCheckpoint,
     SafetensorsCheckpoint,
     StoredCheckpoint,
     quantization_config,
 )
+from mixtura.parallel import ExpertParallel, agree
 from mixtura.quant.formats import WeightFormat
 
 
@@ -67,8 +75,10 @@ def from_pretrained(
         linears: the same for attention projections and the output head. Where the head is tied to
             the embedding, the embedding stays dense and the head gets a copy in this format.
         kernel, strict, gate, deterministic, debug: as for `convert`.
-        arguments: `max_rows_per_pass` and `activation_dtype` are as for `convert`; all others go to
-            Transformers' own `from_pretrained`. `dtype` is "auto" unless given.
+        arguments: `activation_dtype`, `max_rows_per_pass`, `overlap_min_tokens` and `parallel` are
+            as for `convert`; with `parallel` a rank reads its own experts' bytes and no others'.
+            All other arguments go to Transformers' own `from_pretrained`. `dtype` is "auto" unless
+            given.
 
     Returns:
         The model, in eval mode.
@@ -78,9 +88,15 @@ def from_pretrained(
         CheckpointError: files are missing, truncated, pickles, or quantized.
         InputError: a weight that is to be quantized is not finite; the message names the tensor.
         UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
+        ParallelError: ranks differ, or another one has failed; the message names it.
     """
-    others = {name: arguments.pop(name, None) for name in ("max_rows_per_pass", "activation_dtype")}
-    loaded = load_stock(model, LoadFormats.parse(weights, linears), **arguments)
+    others = {name: arguments.pop(name) for name in CONVERTS_WITH if name in arguments}
+    formats, parallel = LoadFormats.parse(weights, linears), others.pop("parallel", None)
+    if parallel is None:
+        loaded = load_stock(model, formats, **arguments)
+    else:
+        ranks = create_ranks(parallel, others.get("overlap_min_tokens"))
+        loaded = load_spread(model, ranks, formats, **arguments)
     return convert(
         loaded,
         kernel=kernel,
@@ -90,6 +106,15 @@ def from_pretrained(
         debug=debug,
         **others,
     )
+
+
+CONVERTS_WITH = (
+    "activation_dtype",
+    "max_rows_per_pass",
+    "overlap_min_tokens",
+    "parallel",
+)
+"""Arguments of `from_pretrained` that are `convert`'s."""
 
 
 def load_stock(
@@ -137,6 +162,43 @@ def load_stock(
     check_complete(model, found["missing_keys"], found["mismatched_keys"])
     stream.finish(loaded)
     return loaded.eval()
+
+
+def load_spread(
+    model: str | Path,
+    ranks: ExpertParallel,
+    formats: LoadFormats | None = None,
+    **transformers_arguments: Any,
+) -> PreTrainedModel:
+    """Load this rank's experts of a checkpoint, and all that is no expert; convert nothing.
+
+    The files' headers are checked whole, as ever. Such experts run after `convert`.
+
+    Args:
+        ranks: that share the experts; all of them call this.
+        model, formats, transformers_arguments: as of `load_stock`.
+
+    Raises:
+        ParallelError: another rank has another checkpoint, or has failed; the message names it.
+        ConfigError: the experts cannot be spread over the ranks.
+        CheckpointError, InputError, UnsupportedModel: as of `load_stock`.
+    """
+
+    def find() -> tuple[dict[str, Any], tuple[Any, StoredCheckpoint]]:
+        check_spread(transformers_arguments)
+        config, checkpoint = find_checkpoint(model, **_config_arguments(transformers_arguments))
+        told = {
+            "weights": formats.weights.value if formats and formats.weights else None,
+            "linears": formats.linears.value if formats and formats.linears else None,
+            "dtype": str(transformers_arguments.get("dtype", "auto")),
+        }
+        return {**told, **checkpoint_values(checkpoint, config)}, (config, checkpoint)
+
+    def load() -> tuple[dict[str, Any], PreTrainedModel]:
+        return {}, load_packed(config, checkpoint, formats, ranks, **transformers_arguments)
+
+    config, checkpoint = agree(ranks.transport, find)
+    return agree(ranks.transport, load)
 
 
 def find_packed(model: str | Path, **arguments: Any) -> tuple[Any, StoredCheckpoint] | None:
@@ -203,19 +265,30 @@ def load_packed(
     config: Any,
     checkpoint: StoredCheckpoint,
     formats: LoadFormats | None = None,
+    ranks: ExpertParallel | None = None,
     **transformers_arguments: Any,
 ) -> PreTrainedModel:
-    """Load a quantized checkpoint: experts and linear layers stay packed. As `load_stock` else."""
-    check_no_formats(checkpoint, formats)
+    """Load a quantized checkpoint: experts and linear layers stay packed. As `load_stock` else.
+
+    With ranks any checkpoint, and of its experts this rank's.
+    """
+    if not isinstance(checkpoint, DenseCheckpoint):
+        check_no_formats(checkpoint, formats)
     check_arguments(transformers_arguments)
     empty = check_moe(config)
     load = PackedLoad(
-        empty, checkpoint, packs_linears=transformers_arguments.get("device_map") is None
+        empty,
+        checkpoint,
+        packs_linears=transformers_arguments.get("device_map") is None,
+        ranks=ranks,
+        formats=formats,
     )
     warn_of(load.ledger)
     arguments = {"dtype": "auto", **transformers_arguments}
     if arguments["dtype"] == "auto":
         arguments["dtype"] = configured_dtype(config) or torch.bfloat16
+        if config.dtype is None and isinstance(checkpoint, DenseCheckpoint):
+            arguments["dtype"] = stored_dtype(checkpoint.headers) or arguments["dtype"]
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "config": config}
     directory = checkpoint.files()[0].parent
     if (directory / "generation_config.json").is_file():

@@ -17,8 +17,8 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     for name in NOT_WITH_FORMATS:
         if arguments.get(name) is not None:
             raise InputError(
-                f"{name} must not be given along with weights= or linears=; got both. Drop one of "
-                f"them."
+                f"{name} must not be given along with weights=, linears= or parallel=; got both. "
+                f"Drop one of them."
             )
     places = arguments.get("device_map")
     if isinstance(places, dict) and "disk" in places.values():
@@ -26,6 +26,16 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             "device_map must keep weights in memory along with weights= or linears=; got disk in "
             "it. Leave device_map out: packed weights are small."
         )
+
+
+def check_spread(arguments: dict[str, Any]) -> None:
+    """Raise `InputError` for an argument of Transformers' that a rank's own reading cannot do."""
+    for name in ("key_mapping", "device_map"):
+        if arguments.get(name) is not None:
+            raise InputError(
+                f"{name} must be left out with parallel=, as ranks read their experts by "
+                f"themselves; got one. Move the model when it is loaded."
+            )
 
 
 def check_no_formats(checkpoint: StoredCheckpoint, formats: object) -> None:

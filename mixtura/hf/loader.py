@@ -104,10 +104,19 @@ class Slot:
                 f"got {self.shape} from it. Fetch config.json and the weights again, both of one "
                 f"model."
             )
-        try:
-            self.matrix = quantize(self.stored.logical(value.detach()), self.format)
-        except InputError as error:
-            raise InputError(str(error).replace("weight", self.name, 1)) from None
+        self.matrix = quantize_named(self.name, self.stored.logical(value.detach()), self.format)
+
+
+def quantize_named(name: str, weight: Tensor, format: WeightFormat) -> QuantizedMatrix:
+    """Quantize a matrix or a stack; an error calls it by its name.
+
+    Raises:
+        InputError: it has an element that is not finite.
+    """
+    try:
+        return quantize(weight, format)
+    except InputError as error:
+        raise InputError(str(error).replace("weight", name, 1)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +220,7 @@ def adopt_experts(
         if role not in MATRICES
     }
     given = ExpertWeights(plan.config, **matrices, **parts, **(inputs or {}))  # type: ignore[arg-type]
-    for stored in plan.storage.values():
-        owner, _, leaf = stored.path.rpartition(".")
-        delattr(plan.module.get_submodule(owner), leaf)
-    replace(plan, storage={}, given=given, row_dtype=row_dtype).adopt(AdoptedExperts)
+    plan.with_given(given, row_dtype).adopt(AdoptedExperts)
 
 
 class Stream:

@@ -9,7 +9,7 @@ asked for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from mixtura.hf.contents import check_contents
 from mixtura.hf.mapped import MappedFiles
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.registry import codec_for
+from mixtura.quant.cuts import take, take_experts
 from mixtura.quant.matrix import QuantizedMatrix, dequantize
 
 STORED_DTYPES = {
@@ -170,6 +171,16 @@ class StoredCheckpoint(ABC):
         """
         raise NotImplementedError  # only where there is one
 
+    def experts(self, stored: str, numbers: Sequence[int]) -> QuantizedMatrix:
+        """Some matrices of a stored stack (E, N, K), in the order given: (L, N, K).
+
+        No others are read where the file lets them be told apart.
+
+        Raises:
+            CheckpointError: the contents of one are impossible.
+        """
+        return take_experts(self.decoded(stored).matrix, numbers)
+
     def tensor(self, name: str) -> Tensor:
         """Any tensor by its dense name, dequantized where it is packed, in fp32 then."""
         if name not in self.packed:
@@ -295,6 +306,21 @@ class SafetensorsCheckpoint(StoredCheckpoint):
             return entry.format.read_input_scale(stored, entry.shape)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
+
+    def experts(self, stored: str, numbers: Sequence[int]) -> QuantizedMatrix:
+        entry = self._entries[stored]
+        shape = (len(numbers), *entry.shape[1:])
+        if shape == entry.shape:
+            return super().experts(stored, numbers)
+        # A part that is of one expert each is as long as there are experts.
+        whole, some = entry.format.parts(entry.shape), entry.format.parts(shape)
+        index = torch.tensor(list(numbers))
+        tensors = {part: self._read(tensor) for part, tensor in entry.parts.items()}
+        tensors = {
+            part: tensor if whole[part].shape == some[part].shape else take(tensor, 0, index)
+            for part, tensor in tensors.items()
+        }
+        return entry.format.read(stored, tensors, shape).matrix
 
     def plain(self, name: str) -> Tensor:
         return self._read(name)

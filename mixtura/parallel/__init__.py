@@ -1,5 +1,6 @@
 """Ranks and what they hold: groups, placements of experts, the exchange before a forward."""
 
+from mixtura.parallel.consistency import agree, check_consistent
 from mixtura.parallel.placement import ExpertMap, ModelPlacement, Move, Placement
 from mixtura.parallel.ranks import ExpertParallel, Spread
 from mixtura.parallel.step import StepClock
@@ -31,5 +32,7 @@ __all__ = [
     "Topology",
     "TorchTransport",
     "Transport",
+    "agree",
+    "check_consistent",
     "join",
 ]

@@ -113,18 +113,30 @@ class Spread:
         Raises:
             ConfigError: the layer cannot be spread so.
         """
-        num_experts, cuts = config.experts.num_experts, ranks.config.tp_size
         if config.routing.num_fused_shared_experts:
             raise ConfigError(
                 "shared experts must not be fused into experts that are spread over ranks; got "
                 f"{config.routing.num_fused_shared_experts} fused. Run the shared experts apart."
             )
-        if cuts > 1 and config.experts.post_norm is not None:
+        return cls.of_experts(config.experts, ranks, placement, deterministic=config.deterministic)
+
+    @classmethod
+    def of_experts(
+        cls,
+        experts: ExpertsConfig,
+        ranks: ExpertParallel,
+        placement: Placement | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> Self:
+        """Experts behind a router that is not ours. As `of`."""
+        num_experts, cuts = experts.num_experts, ranks.config.tp_size
+        if cuts > 1 and experts.post_norm is not None:
             raise ConfigError(
                 f"tp_size ({cuts}) must be 1 where experts have a norm behind them, as a norm of "
                 f"parts is no part of the norm. Use expert parallelism alone."
             )
-        if cuts > 1 and config.deterministic:
+        if cuts > 1 and deterministic:
             raise ConfigError(
                 f"tp_size ({cuts}) must be 1 with deterministic=True, as cut sums round "
                 f"differently. Use expert parallelism alone."
@@ -162,6 +174,16 @@ class Spread:
                 f"ranks to an expert."
             )
         return replace(experts, num_experts=self.num_local_experts, intermediate_size=width // cuts)
+
+    def whole_experts(self, local: ExpertsConfig) -> ExpertsConfig:
+        """The inverse of `local_experts`: what the experts of all ranks are."""
+        width = local.intermediate_size * self.ranks.config.tp_size
+        return replace(local, num_experts=self.placement.num_experts, intermediate_size=width)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same with its tables on another device."""
+        first = None if self.first_replica is None else self.first_replica.to(device)
+        return replace(self, slots=self.slots.to(device), first_replica=first)
 
     def to_physical(self, topk_ids: Tensor) -> Tensor:
         """Logical ids (T,K) -> physical ids (T,K): every expert's first replica."""

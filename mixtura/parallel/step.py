@@ -43,6 +43,11 @@ class StepClock:
         finally:
             self._open = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a forward is under way."""
+        return self._open is not None
+
     def current(self, num_tokens: int) -> StepContext:
         """The context of the forward that is under way; of this layer alone where there is none.
 

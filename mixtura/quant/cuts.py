@@ -22,7 +22,7 @@ _GRIDS = ("scales", "zero_points")
 def take_experts(stack: QuantizedMatrix, experts: Sequence[int]) -> QuantizedMatrix:
     """The matrices of some experts of a stack, in the order given; a copy."""
     index = torch.tensor(list(experts), device=stack.device)
-    parts: dict[str, Any] = {name: _take(part, 0, index) for name, part in stack.tensors.items()}
+    parts: dict[str, Any] = {name: take(part, 0, index) for name, part in stack.tensors.items()}
     return replace(stack, shape=(len(experts), *stack.shape[1:]), **parts)
 
 
@@ -35,16 +35,16 @@ def cut_rows(matrix: QuantizedMatrix, ranges: Sequence[Range]) -> QuantizedMatri
     scheme, num_rows = matrix.scheme, matrix.shape[-2]
     parts: dict[str, Any] = dict(matrix.tensors)
     index = _index(ranges, matrix.values)
-    parts["values"] = _take(matrix.values, -2, index)
+    parts["values"] = take(matrix.values, -2, index)
     grids = [name for name in _GRIDS if name in parts]
     if grids and scheme.group_shape[0] is not None:
         size = scheme.group_shape[0]
         _check_ends("rows", matrix, ranges, size, num_rows)
         groups = [(start // size, -(-stop // size)) for start, stop in ranges]
         for name in grids:
-            parts[name] = _take(parts[name], -2, _index(groups, matrix.values))
+            parts[name] = take(parts[name], -2, _index(groups, matrix.values))
     if scheme.global_scale is GlobalScale.ROW:
-        parts["global_scale"] = _take(parts["global_scale"], -1, index)
+        parts["global_scale"] = take(parts["global_scale"], -1, index)
     return replace(matrix, shape=(*matrix.shape[:-2], len(index), matrix.shape[-1]), **parts)
 
 
@@ -82,7 +82,7 @@ def cut_columns(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatr
         for name in _GRIDS:
             if name in parts:
                 groups = (start // size, -(-stop // size))
-                parts[name] = _take(parts[name], -1, _index([groups], matrix.values))
+                parts[name] = take(parts[name], -1, _index([groups], matrix.values))
     return replace(matrix, shape=(*matrix.shape[:-1], stop - start), **parts)
 
 
@@ -102,8 +102,8 @@ def _index(ranges: Sequence[Range], like: Tensor) -> Tensor:
     return torch.cat([torch.arange(start, stop, device=like.device) for start, stop in ranges])
 
 
-def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """`index_select` of any dtype."""
+def take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """`index_select` for any dtype, also those that torch has none for; a copy."""
     is_small = tensor.dtype.is_floating_point and tensor.itemsize == 1
     plain = tensor.view(torch.uint8) if is_small else tensor
     return plain.index_select(dim, index).view(tensor.dtype)
