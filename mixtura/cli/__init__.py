@@ -46,6 +46,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("mixtura.cli.generate", "Generate text, and say how fast it came."),
     "inspect": Verb("mixtura.cli.inspect", "Count and draw which experts a text visits."),
     "explain": Verb("mixtura.cli.explain", "Say which kernel runs each MoE layer, and why."),
+    "eplb": Verb("mixtura.cli.eplb", "Say what balancing experts over ranks would bring."),
     "quantize": Verb("mixtura.cli.quantize", "Quantize a checkpoint on disk."),
     "bench": Verb("mixtura.cli.bench", "Measure speed beside the limits of this machine."),
     "doctor": Verb("mixtura.cli.doctor", "Say what this machine offers, and what is missing."),
@@ -110,7 +111,7 @@ def error_line(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "mixtura"
-        message = error.format_message().strip()
+        message = " ".join(error.format_message().split())
         ending = "" if message.endswith((".", "?")) else "."
         return f"{message}{ending} See '{command} --help'."
     if isinstance(error, MixturaError):

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixtura.cli.balance import balance_ranks, print_balance
 from mixtura.cli.ledger import as_data, print_ledger
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
 from mixtura.cli.options import Debug, Device, Kernel, Model, Weights, model_or_demo
 from mixtura.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mixtura.hf.trace import EncodedText
     from mixtura.observe import ExpertUsage, RoutingTrace
 
@@ -47,6 +50,14 @@ def inspect(
         Path | None, typer.Option(help="Keep every choice in a safetensors file.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = MAX_TOKENS,
+    ep: Annotated[
+        int | None,
+        typer.Option(min=1, help="Spread the experts over so many ranks: the load of each."),
+    ] = None,
+    redundant: Annotated[
+        int | None,
+        typer.Option(min=0, help="--ep: slots of a layer beyond one for each expert. Default: 0."),
+    ] = None,
     device: Device = None,
     dtype: Annotated[
         DtypeName, typer.Option(help="Dtype of the weights; auto is the checkpoint's.")
@@ -74,6 +85,8 @@ def inspect(
         return
     if as_json:
         raise typer.TyperException("--json goes with --ledger. Give both.")
+    if redundant is not None and ep is None:
+        raise typer.TyperException("--redundant goes with --ep. Give both.")
     source, name = read_text(text)
     for target in (png, html, trace):
         check_target(target)
@@ -94,7 +107,11 @@ def inspect(
         found = run(loaded, encoded)
     usage = ExpertUsage.from_trace(found)
     shown = model if model is not None else "the model in the box"
-    print_usage(usage, shown, name, encoded)
+    balance = None if ep is None else balance_ranks(shown, found, usage, ep, redundant or 0)
+    console = table_console()
+    print_usage(console, usage, (shown, name), encoded)
+    if balance is not None:
+        print_balance(console, balance)
     window = window_size(loaded)
     note = f"Run in windows of {window:,} tokens." if len(encoded.ids) > window else ""
     if png is not None:
@@ -179,16 +196,23 @@ def run(model: Any, encoded: EncodedText) -> RoutingTrace:
         return trace_text(model, encoded.ids, on_tokens=lambda n: bar.advance(task, n))
 
 
-def print_usage(usage: ExpertUsage, model: str, text: str, encoded: EncodedText) -> None:
-    """Print the table of layers and the sum of slots."""
-    from rich import box
+def table_console() -> Console:
+    """Where tables go: as wide as the terminal, or `WIDTH` where there is none."""
     from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def print_usage(
+    console: Console, usage: ExpertUsage, names: tuple[str, str], encoded: EncodedText
+) -> None:
+    """Print the names of model and text, the table of layers and the sum of slots."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    model, text = names
     console.print(f"[bold]{escape(model)}[/bold] on {escape(text)}")
     if encoded.num_left_out:
         console.print(

@@ -33,7 +33,12 @@ CutRanks = Annotated[
 ]
 DispatcherOption = Annotated[
     DispatcherName | None,
-    typer.Option("--dispatcher", help="How rows meet their experts. Default: decided from sizes."),
+    typer.Option(
+        "--dispatcher",
+        help="How rows meet their experts: all_reduce, all_gather, all_to_all, or deep_ep. "
+        "Default: decided from sizes.",
+        metavar="NAME",
+    ),
 ]
 PlacementOption = Annotated[
     PlacementStrategy,

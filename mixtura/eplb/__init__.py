@@ -1,8 +1,8 @@
 """Expert load balancing: which experts get replicas, and which rank holds what.
 
 Pure functions of loads: `rebalance` plans a placement, `plan_quota` splits loads over the replicas
-there are, `decide` says whether a move pays, `balancedness` how even ranks are. While a model runs,
-`ExpertBalancer` counts, plans and moves.
+there are, `decide` says whether a move pays, `balancedness` how even ranks are; `simulate` replays
+routing through every policy. While a model runs, `ExpertBalancer` counts, plans and moves.
 """
 
 from mixtura.eplb.balancer import Activity, BalancedLayer, BalancerReport, ExpertBalancer
@@ -28,7 +28,18 @@ from mixtura.eplb.policies import (
     policy_for,
 )
 from mixtura.eplb.rebalancing import rebalance
+from mixtura.eplb.simulation import (
+    Recommendation,
+    Replay,
+    Simulation,
+    SimulationConfig,
+    StepCosts,
+    loads_of_choices,
+    recommend,
+    simulate,
+)
 from mixtura.eplb.state import EplbLayerState, ExpertLoadLedger
+from mixtura.eplb.traces import SyntheticTrace, TraceSizes, synthetic_choices
 
 __all__ = [
     "POLICIES",
@@ -45,12 +56,20 @@ __all__ = [
     "Migration",
     "ModelQuota",
     "Policy",
+    "Recommendation",
+    "Replay",
     "ReplicaQuota",
+    "Simulation",
+    "SimulationConfig",
+    "StepCosts",
+    "SyntheticTrace",
+    "TraceSizes",
     "balancedness",
     "balancedness_of_sums",
     "decide",
     "equal_quota",
     "imbalance_ratio",
+    "loads_of_choices",
     "moved_bytes",
     "moved_slots",
     "plan_quota",
@@ -58,4 +77,7 @@ __all__ = [
     "predicted_gain",
     "rank_loads",
     "rebalance",
+    "recommend",
+    "simulate",
+    "synthetic_choices",
 ]

@@ -48,10 +48,10 @@ def rank_loads(
     return by_rank
 
 
-def _mean_and_max(
-    loads: AnyLoads, placement: ModelPlacement, quota: ModelQuota | None
+def mean_and_max(
+    loads: AnyLoads, placement: ModelPlacement, quota: ModelQuota | None = None
 ) -> tuple[Floats, Floats]:
-    """(layers,) each; ranks without slots are not counted."""
+    """(layers,) each, of the rank loads; ranks without slots are not counted."""
     has_slots = np.array(placement.topology.slots_per_rank) > 0
     by_rank = rank_loads(loads, placement, quota)[:, has_slots]
     return by_rank.mean(1), by_rank.max(1)
@@ -61,7 +61,7 @@ def balancedness(
     loads: AnyLoads, placement: ModelPlacement, quota: ModelQuota | None = None
 ) -> Floats:
     """(layers,) mean over max of the rank loads; 1 is even, and a layer without load is even."""
-    mean, largest = _mean_and_max(loads, placement, quota)
+    mean, largest = mean_and_max(loads, placement, quota)
     return np.divide(mean, largest, where=largest > 0, out=np.ones_like(mean))
 
 
@@ -69,7 +69,7 @@ def balancedness_of_sums(
     loads: AnyLoads, placement: ModelPlacement, quota: ModelQuota | None = None
 ) -> float:
     """The layers' mean rank loads summed, over their largest rank loads summed; 1 without load."""
-    mean, largest = _mean_and_max(loads, placement, quota)
+    mean, largest = mean_and_max(loads, placement, quota)
     return float(mean.sum() / largest.sum()) if largest.sum() > 0 else 1.0
 
 
@@ -77,7 +77,7 @@ def imbalance_ratio(
     loads: AnyLoads, placement: ModelPlacement, quota: ModelQuota | None = None
 ) -> float:
     """`(max - mean) / mean` of the rank loads, averaged over layers; 0 for one without load."""
-    mean, largest = _mean_and_max(loads, placement, quota)
+    mean, largest = mean_and_max(loads, placement, quota)
     ratio = np.divide(largest - mean, mean, where=mean > 0, out=np.zeros_like(mean))
     return float(ratio.mean())
 
@@ -93,8 +93,8 @@ def predicted_gain(
     `1 - sum_l max_r new[l, r] / sum_l max_r old[l, r]`: each layer takes as long as its busiest
     rank. Replicas share equally in the old placement, in the new one as the quota says.
     """
-    before = _mean_and_max(loads, old, None)[1].sum()
-    after = _mean_and_max(loads, new, quota)[1].sum()
+    before = mean_and_max(loads, old)[1].sum()
+    after = mean_and_max(loads, new, quota)[1].sum()
     return float(1 - after / before) if before > 0 else 0.0
 
 
