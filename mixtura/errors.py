@@ -56,3 +56,7 @@ class RankLost(ParallelError):
 
 class MigrationError(ParallelError):
     """An expert's weights did not arrive as they were sent; the old placement stays."""
+
+
+class ExpertsLost(ParallelError):
+    """The ranks that are left hold no copy of some experts."""

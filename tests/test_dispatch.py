@@ -14,6 +14,7 @@ import virtual_ranks
 from expert_cases import build_layer, moe_config, random_weights, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
+from spread_layers import WAYS, rank_layer
 from tolerances import assert_close, frobenius_error
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from mixtura.config import (
     WireFormat,
 )
 from mixtura.dispatch import AllToAllDispatcher, choose_dispatcher, expected_ranks
+from mixtura.dispatch.all_to_all import Journey, _add
 from mixtura.dispatch.deep_ep import DeepEpDispatcher
 from mixtura.dispatch.wire import Wire
 from mixtura.errors import (
@@ -48,43 +50,20 @@ from mixtura.experts import SharedExperts
 from mixtura.layer import FusedMoE
 from mixtura.parallel import ExpertParallel, SlotTables, Topology, Transport
 from mixtura.parallel.ranks import Spread
-from mixtura.parallel.shard import cut_weights, shard_weights
+from mixtura.parallel.shard import cut_weights
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.types import ExpertBatch
 
 SHARED_EXPERTS = SharedExpertsConfig(intermediate_size=8)
 OVERLAP = RunnerConfig(overlap_min_tokens=2)
 BOTH = RunnerConfig(max_rows_per_pass=2, overlap_min_tokens=2)
 OWN, SHARED = TokensHeld.OWN, TokensHeld.SHARED
-WAYS = [
-    (DispatcherName.ALL_REDUCE, SHARED),
-    (DispatcherName.ALL_GATHER, SHARED),
-    (DispatcherName.ALL_TO_ALL, SHARED),
-    (DispatcherName.ALL_GATHER, OWN),
-    (DispatcherName.ALL_TO_ALL, OWN),
-]
 by_way = pytest.mark.parametrize("dispatcher, held", WAYS, ids=[f"{d}-{h}" for d, h in WAYS])
 
 
 def config_of(num_experts: int = 6, **changes: Any) -> MoEConfig:
     return moe_config(num_experts=num_experts, **changes)
-
-
-def rank_layer(
-    config: MoEConfig, whole: FusedMoE, parallel: ParallelConfig, transport: Transport
-) -> FusedMoE:
-    """This rank's part of a whole layer."""
-    ranks = ExpertParallel.over(
-        parallel, transport, overlap_min_tokens=config.runner.overlap_min_tokens
-    )
-    spread = Spread.of(config, ranks)
-    weights = shard_weights(whole.experts.expert_weights, spread)
-    layer = FusedMoE(config, weights=weights, spread=spread, kernel="reference")
-    state = {k: v for k, v in whole.state_dict().items() if not k.startswith("experts.")}
-    layer.load_state_dict(state)
-    return layer
 
 
 def spread_out(config: MoEConfig, parallel: ParallelConfig, counts: list[int]) -> None:
@@ -98,7 +77,7 @@ def spread_out(config: MoEConfig, parallel: ParallelConfig, counts: list[int]) -
         expected = [whole(part) for part in rows]
 
     def work(transport: Transport) -> Tensor:
-        layer = rank_layer(config, whole, parallel, transport)
+        layer = rank_layer(whole, parallel, transport)
         out = layer(rows[transport.rank])
         assert isinstance(out, Tensor)
         return out
@@ -115,7 +94,7 @@ def spread_out(config: MoEConfig, parallel: ParallelConfig, counts: list[int]) -
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @by_way
 def test_ranks_agree_with_one(dispatcher, held, counts, deterministic):
-    config = config_of(deterministic=deterministic, shared=SHARED_EXPERTS)
+    config = config_of(top_k=4, deterministic=deterministic, shared=SHARED_EXPERTS)
     parallel = ParallelConfig(ep_size=3, tokens=held, dispatcher=dispatcher)
     spread_out(config, parallel, counts)
 
@@ -205,7 +184,7 @@ def test_overlap_is_bitwise_the_same_batches_one_after_the_other(dispatcher, hel
         parallel = ParallelConfig(ep_size=2, tokens=held, dispatcher=dispatcher)
         return virtual_ranks.run(
             2,
-            lambda transport: rank_layer(config, whole, parallel, transport)(
+            lambda transport: rank_layer(whole, parallel, transport)(
                 rows_of(counts[0 if held is SHARED else transport.rank])
             ),
         )
@@ -225,7 +204,7 @@ def test_rows_of_eight_bits_on_the_wire(dispatcher, hidden_size, wire, bound):
     rows = [rows_of(9, hidden_size, seed) for seed in range(2)]
     results = virtual_ranks.run(
         2,
-        lambda transport: rank_layer(config, whole, parallel, transport)(rows[transport.rank]),
+        lambda transport: rank_layer(whole, parallel, transport)(rows[transport.rank]),
     )
     for actual, part in zip(results, rows, strict=True):
         with torch.no_grad():
@@ -246,7 +225,7 @@ def test_a_record_is_read_as_it_was_written(dtype, wire, hidden_size, top_k, num
     ids = torch.randint(-1, 99, (num_rows, top_k), generator=generator, dtype=torch.int32)
     weights = torch.rand(num_rows, top_k, generator=generator)
     layout = Wire(wire, dtype, hidden_size, top_k)
-    records = layout.write(ExpertBatch(rows, ids, weights))
+    records = layout.write(rows, ids, weights)
     assert records.shape == (num_rows, layout.row_bytes)
     found = layout.read(records)
     assert torch.equal(found.local_ids, ids)
@@ -270,11 +249,19 @@ def test_all_tokens_to_one_rank(dispatcher, held):
         whole.gate.weight[4:6, 0] = 1.0
     rows = rows_of(6).abs()
     parallel = ParallelConfig(ep_size=3, tokens=held, dispatcher=dispatcher)
-    results = virtual_ranks.run(
-        3, lambda transport: rank_layer(config, whole, parallel, transport)(rows)
-    )
+    results = virtual_ranks.run(3, lambda transport: rank_layer(whole, parallel, transport)(rows))
     with torch.no_grad():
         assert_close(results[1], whole(rows), torch.float32)
+
+
+def test_sums_that_come_home_are_rounded_to_even():
+    """1 + 2^-8 is halfway between 1 and the next bf16."""
+    rows = torch.tensor([[1.0], [-1.0], [2.0**-8], [-(2.0**-8)], [3.0]]).to(torch.bfloat16)
+    first = torch.tensor([0, 2, 2, 4])  # the second token went nowhere
+    journey = Journey((5,), (5,), torch.tensor([0, 2, 1, 3, 4]), first, torch.bfloat16)
+    assert _add(rows, journey).flatten().tolist() == [1.0, 0.0, -1.0, 3.0]
+    nowhere = Journey((0,), (0,), first[:0], first[:0], torch.bfloat16)
+    assert _add(rows[:0], nowhere).shape == (0, 1)
 
 
 def test_what_is_exchanged():
@@ -286,7 +273,7 @@ def test_what_is_exchanged():
         parallel = ParallelConfig(ep_size=2, tokens=held, dispatcher=dispatcher)
 
         def work(transport: virtual_ranks.ThreadTransport) -> list[str]:
-            layer = rank_layer(config, whole, parallel, transport)
+            layer = rank_layer(whole, parallel, transport)
             clock = layer.plan.spread.ranks.clock
             with clock.step(4):
                 layer(rows_of(4))
@@ -309,7 +296,7 @@ def test_a_rank_in_another_dispatch_is_an_error():
     parallel = ParallelConfig(ep_size=2, tokens=OWN, dispatcher=DispatcherName.ALL_TO_ALL)
 
     def work(transport: Transport) -> None:
-        layer = rank_layer(config, whole, parallel, transport)
+        layer = rank_layer(whole, parallel, transport)
         layer.dispatcher._number = transport.rank  # type: ignore[attr-defined]
         layer(rows_of(3))
 
@@ -341,7 +328,7 @@ def test_gradients_do_not_cross_ranks():
     whole = build_layer(config, kernel="reference")
 
     def work(transport: Transport) -> None:
-        layer = rank_layer(config, whole, ParallelConfig(ep_size=2), transport)
+        layer = rank_layer(whole, ParallelConfig(ep_size=2), transport)
         with torch.enable_grad():
             layer(rows_of(2).requires_grad_())
 
@@ -358,7 +345,7 @@ def test_a_rank_that_dies_ends_the_others_at_every_point(dispatcher, held, rank)
     parallel = ParallelConfig(ep_size=3, tokens=held, dispatcher=dispatcher)
 
     def work(transport: Transport) -> Tensor:
-        return rank_layer(config, whole, parallel, transport)(rows_of(4))
+        return rank_layer(whole, parallel, transport)(rows_of(4))
 
     for point in range(10):
         try:

@@ -13,7 +13,7 @@ from mixtura.dispatch.contract import Dispatched, Dispatcher, check_no_grad, sum
 from mixtura.dispatch.wire import Wire
 from mixtura.parallel.tables import SlotTables
 from mixtura.parallel.transport import Pending, Then, Transport
-from mixtura.types import ExpertBatch, Full
+from mixtura.types import Full
 
 
 class AllGatherDispatcher(Dispatcher):
@@ -54,7 +54,7 @@ class AllGatherDispatcher(Dispatcher):
         check_no_grad(hidden_states, topk_weights)
         assert num_rows is not None and num_rows[self.transport.rank] == hidden_states.shape[0]
         wire = Wire(self.wire, hidden_states.dtype, hidden_states.shape[1], physical_ids.shape[1])
-        records = wire.write(ExpertBatch(hidden_states, physical_ids, topk_weights))
+        records = wire.write(hidden_states, physical_ids, topk_weights)
         pending = self.transport.all_gather(records, num_rows)
 
         def arrived(records: Tensor) -> Dispatched:

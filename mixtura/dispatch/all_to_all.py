@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixtura.config import WireFormat
@@ -15,7 +16,7 @@ from mixtura.dispatch.wire import Wire
 from mixtura.errors import ParallelError
 from mixtura.parallel.tables import SlotTables
 from mixtura.parallel.transport import Pending, Then, Transport
-from mixtura.types import ExpertBatch, Full
+from mixtura.types import Full
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,37 @@ class Journey:
 
     Attributes:
         send, receive: rows to and from every rank.
-        places: (T, D) int64 where among the rows that were sent a token's are, in the order in
-            which their results are added; the number of rows stands for none.
+        places: (n,) int64 the rows that were sent, token after token, a token's in the order in
+            which their results are added.
+        first_places: (T,) int64 where in `places` a token's rows begin.
         dtype: of the layer's rows.
     """
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
     places: Tensor
+    first_places: Tensor
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Rows in the order in which they are sent: those for the first rank first.
+
+    Attributes:
+        tokens: (n,) int64 the token that each row is.
+        local_ids: (n, k) int32 places on the rank that gets it, -1 for none; k is K, or 1 where
+            every slot is a row.
+        topk_weights: (n, k) fp32.
+        adding_order: (n,) int64; rows of a token are added by this, then as they are sent.
+        send: rows to every group of ranks, or, once there are some for each cut, to every rank.
+    """
+
+    tokens: Tensor
+    local_ids: Tensor
+    topk_weights: Tensor
+    adding_order: Tensor
+    send: tuple[int, ...]
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -79,84 +102,62 @@ class AllToAllDispatcher(Dispatcher):
         num_rows: Sequence[int] | None = None,
     ) -> Pending[Dispatched]:
         check_no_grad(hidden_states, topk_weights)
-        ids = physical_ids.long()
-        if self.wants_terms:
-            batch, per_group, places = self._by_slot(hidden_states, ids, topk_weights)
-        else:
-            batch, per_group, places = self._by_rank(hidden_states, ids, topk_weights)
-        send = [count for count in per_group.tolist() for _ in range(self.tp_size)]
+        split = self._by_slot if self.wants_terms else self._by_rank
+        leaving = split(physical_ids.long(), topk_weights)
         if self.tp_size > 1:
-            batch, places = self._to_all_cuts(batch, per_group.tolist(), places)
-        receive = self._exchange_counts(send)
+            leaving = self._to_all_cuts(leaving)
+        receive = self._exchange_counts(leaving.send)
         wire = Wire(
-            self.wire, hidden_states.dtype, hidden_states.shape[1], batch.local_ids.shape[1]
+            self.wire, hidden_states.dtype, hidden_states.shape[1], leaving.local_ids.shape[1]
         )
-        pending = self.transport.all_to_all(wire.write(batch), send, receive)
-        journey = Journey(tuple(send), tuple(receive), places, hidden_states.dtype)
+        records = wire.write(hidden_states, leaving.local_ids, leaving.topk_weights, leaving.tokens)
+        pending = self.transport.all_to_all(records, leaving.send, receive)
+        places = leaving.adding_order.argsort(stable=True)
+        per_token = leaving.tokens.bincount(minlength=hidden_states.shape[0])
+        first_places = per_token.cumsum(0) - per_token
+        journey = Journey(leaving.send, tuple(receive), places, first_places, hidden_states.dtype)
         return Then(pending, lambda records: Dispatched(wire.read(records), journey))
 
-    def _by_rank(
-        self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor
-    ) -> tuple[ExpertBatch, Tensor, Tensor]:
+    def _by_rank(self, ids: Tensor, topk_weights: Tensor) -> Leaving:
         """One row for each token and group of ranks that has experts of its."""
-        num_groups, (num_tokens, top_k) = self.slots.num_ranks, ids.shape
+        num_groups, num_tokens = self.slots.num_ranks, ids.shape[0]
         owner = self.slots.owner[ids]  # (T,K); num_groups where there is no expert
         goes = torch.zeros((num_tokens, num_groups + 1), dtype=torch.bool, device=ids.device)
         goes = goes.scatter_(1, owner, True)[:, :num_groups]
         group, token = goes.T.nonzero(as_tuple=True)  # by group, then by token
         is_there = owner[token] == group.unsqueeze(1)
         local_ids = torch.where(is_there, self.slots.local[ids[token]], -1)
-        batch = ExpertBatch(hidden_states[token], local_ids, topk_weights[token])
-        depth = min(top_k, num_groups)
-        places = torch.full((num_tokens, depth), token.shape[0], device=ids.device)
-        nth = goes.cumsum(1)[token, group] - 1
-        places[token, nth] = torch.arange(token.shape[0], device=ids.device)
-        return batch, goes.sum(0), places
+        send = tuple(goes.sum(0).tolist())
+        return Leaving(token, local_ids, topk_weights[token], token, send)
 
-    def _by_slot(
-        self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor
-    ) -> tuple[ExpertBatch, Tensor, Tensor]:
+    def _by_slot(self, ids: Tensor, topk_weights: Tensor) -> Leaving:
         """One row for each token and slot that has an expert."""
-        num_groups, (num_tokens, top_k) = self.slots.num_ranks, ids.shape
+        num_groups = self.slots.num_ranks
         owner = self.slots.owner[ids].flatten()
-        order = owner.argsort(stable=True)
-        per_group = torch.bincount(owner, minlength=num_groups + 1)[:num_groups]
-        order = order[: int(per_group.sum())]
-        batch = ExpertBatch(
-            hidden_states[order // top_k],
+        send = tuple(owner.bincount(minlength=num_groups + 1)[:num_groups].tolist())
+        order = owner.argsort(stable=True)[: sum(send)]
+        return Leaving(
+            order // ids.shape[1],
             self.slots.local[ids.flatten()[order]].unsqueeze(1),
             topk_weights.flatten()[order].unsqueeze(1),
+            order,
+            send,
         )
-        places = torch.full((num_tokens * top_k,), order.shape[0], device=ids.device)
-        places[order] = torch.arange(order.shape[0], device=ids.device)
-        return batch, per_group, places.view(num_tokens, top_k)
 
-    def _to_all_cuts(
-        self, batch: ExpertBatch, per_group: list[int], places: Tensor
-    ) -> tuple[ExpertBatch, Tensor]:
+    def _to_all_cuts(self, leaving: Leaving) -> Leaving:
         """Every group's rows again for each of its ranks."""
-        device = places.device
-        starts = torch.tensor([0, *per_group], device=device).cumsum(0)
-        again = [
-            torch.arange(int(starts[group]), int(starts[group + 1]), device=device)
-            for group in range(len(per_group))
-            for _ in range(self.tp_size)
-        ]
-        rows = torch.cat(again)
-        # Row f of group g is at tp * start(g) + cut * count(g) + (f - start(g)).
-        group = torch.repeat_interleave(torch.arange(len(per_group), device=device), starts.diff())
-        count = starts.diff()[group]
-        first = torch.arange(group.shape[0], device=device) + (self.tp_size - 1) * starts[group]
-        cuts = torch.arange(self.tp_size, device=device)
-        found = first.unsqueeze(1) + cuts * count.unsqueeze(1)  # (n, tp)
-        none = found.new_full((1, self.tp_size), rows.shape[0])
-        places = torch.cat([found, none])[places].flatten(1)
-        return (
-            ExpertBatch(batch.hidden_states[rows], batch.local_ids[rows], batch.topk_weights[rows]),
-            places,
+        parts = torch.arange(leaving.tokens.shape[0], device=leaving.tokens.device)
+        of_groups = torch.split(parts, list(leaving.send))
+        rows = torch.cat([part for part in of_groups for _ in range(self.tp_size)])
+        return Leaving(
+            leaving.tokens[rows],
+            leaving.local_ids[rows],
+            leaving.topk_weights[rows],
+            leaving.adding_order[rows],
+            tuple(count for count in leaving.send for _ in range(self.tp_size)),
         )
 
-    def _exchange_counts(self, send: list[int]) -> list[int]:
+    def _exchange_counts(self, send: Sequence[int]) -> list[int]:
         """Tell every rank how many rows it gets -> how many come from each."""
         self._number += 1
         told = torch.tensor([[count, self._number] for count in send], device=self.transport.device)
@@ -180,10 +181,13 @@ class AllToAllDispatcher(Dispatcher):
 
 
 def _add(rows: Tensor, journey: Journey) -> Tensor:
-    """Results of the rows that were sent -> (T,H), a token's added in the order of `places`."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    rows = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
-    total = rows.new_zeros((journey.places.shape[0], rows.shape[1]), dtype=dtype)
-    for places in journey.places.unbind(1):
-        total += rows[places]
+    """Results of the rows that were sent -> (T,H): the sum of each token's, in order.
+
+    A bag of bf16 rows is summed in fp32 too, but its ties are rounded away from zero, so that what
+    layers add to a hidden state would grow.
+    """
+    if journey.first_places.shape[0] == 0:
+        return rows.to(journey.dtype)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    total = F.embedding_bag(journey.places, wide, journey.first_places, mode="sum")
     return total.to(journey.dtype)

@@ -59,20 +59,30 @@ class Wire:
         itemsize = self.dtype.itemsize if self.format is WireFormat.MODEL else 1
         return _aligned(self.values_offset + self.hidden_size * itemsize)
 
-    def write(self, batch: ExpertBatch) -> Tensor:
-        """(M,H) rows with (M,K) ids and weights -> (M, row_bytes) uint8."""
-        rows = batch.hidden_states
-        records = rows.new_empty((rows.shape[0], self.row_bytes), dtype=torch.uint8)
+    def write(
+        self, hidden_states: Tensor, ids: Tensor, weights: Tensor, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Ids (M,K) and weights (M,K), with their tokens' rows -> (M, row_bytes) uint8.
+
+        Args:
+            hidden_states: (T,H). ids: (M,K) int32. weights: (M,K) fp32.
+            tokens: (M,) int64 whose row each record has; None: one after the other.
+        """
+        records = hidden_states.new_empty((ids.shape[0], self.row_bytes), dtype=torch.uint8)
         words = records.view(torch.int32)
         k = self.top_k
-        words[:, :k] = batch.local_ids
-        words[:, k : 2 * k] = batch.topk_weights.to(torch.float32).view(torch.int32)
-        if self.format is WireFormat.MODEL:
-            self._values(records)[:] = rows
-            return records
-        codes, scales = quantize_rows(rows, self.format)
-        words[:, 2 * k : 2 * k + self.num_scales] = scales.view(torch.int32)
-        self._values(records)[:] = codes.view(torch.uint8)
+        words[:, :k] = ids
+        words[:, k : 2 * k] = weights.to(torch.float32).view(torch.int32)
+        values = hidden_states
+        if self.format is not WireFormat.MODEL:
+            codes, scales = quantize_rows(hidden_states, self.format)
+            of_records = scales if tokens is None else scales[tokens]
+            words[:, 2 * k : 2 * k + self.num_scales] = of_records.view(torch.int32)
+            values = codes.view(torch.uint8)
+        if tokens is None:
+            self._values(records)[:] = values
+        else:
+            torch.index_select(values, 0, tokens, out=self._values(records))
         return records
 
     def read(self, records: Tensor) -> ExpertBatch:

@@ -1,6 +1,7 @@
 """Ranks and what they hold: groups, placements of experts, the exchange before a forward."""
 
 from mixtura.parallel.consistency import agree, check_consistent
+from mixtura.parallel.membership import Regrouped, regroup
 from mixtura.parallel.placement import ExpertMap, ModelPlacement, Move, Placement
 from mixtura.parallel.ranks import ExpertParallel, Spread
 from mixtura.parallel.step import StepClock
@@ -25,6 +26,7 @@ __all__ = [
     "Pending",
     "Placement",
     "Ready",
+    "Regrouped",
     "SlotTables",
     "Spread",
     "StepClock",
@@ -35,4 +37,5 @@ __all__ = [
     "agree",
     "check_consistent",
     "join",
+    "regroup",
 ]

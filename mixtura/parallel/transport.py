@@ -224,11 +224,10 @@ class TorchTransport(Transport):
     def lost(self, what: str, error: RuntimeError) -> RankLost:
         """The error for a failed exchange; leaves the group, so that no other rank waits for us."""
         self.close()
-        text = str(error).strip().partition("\n")[0]
         return RankLost(
             f"{what} (rank {self.rank} of {self.size}) must reach every rank of generation "
-            f"{self.generation}; got: {text}. Look at the other ranks' output for the first "
-            f"failure, and restart, or form a new group of the ranks that are there."
+            f"{self.generation}; got: {first_line(error)}. Look at the other ranks' output for the "
+            f"first failure, and restart, or form a new group of the ranks that are there."
         )
 
 
@@ -284,20 +283,38 @@ class LoneTransport(Transport):
 def join(
     store: Store, rank: int, size: int, *, generation: int = 0, timeout_seconds: float = 300.0
 ) -> TorchTransport:
-    """A gloo group of its own beside the default one, over a store that all its ranks reach.
+    """A gloo group over a store that all its ranks reach; it becomes the default group.
+
+    Whatever groups torch.distributed had in this process end.
 
     Args:
         store: must not live in a rank that may die.
         rank, size: this rank's place.
         generation: the names in the store are this generation's own.
-        timeout_seconds: how long an exchange waits for a rank that says nothing.
+        timeout_seconds: how long to wait for the other ranks, and then how long an exchange waits
+            for a rank that says nothing.
+
+    Raises:
+        RankLost: not all ranks came in time.
     """
     prefixed = PrefixStore(f"mixtura/{generation}", store)
     timeout = timedelta(seconds=timeout_seconds)
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=size, timeout=timeout)
+    except RuntimeError as error:
+        raise RankLost(
+            f"rank {rank} (of {size}) must meet every rank of generation {generation} within "
+            f"{timeout_seconds} s; got: {first_line(error)}. Look at the other ranks' output for "
+            f"the first failure."
+        ) from error
     return TorchTransport(generation=generation)
+
+
+def first_line(error: RuntimeError) -> str:
+    """What torch says, without its stack."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:
