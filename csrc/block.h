@@ -43,6 +43,7 @@ FN F load_kind(Kind kind, const uint8_t* p) {
     case Kind::E4M3: return e4m3_to_float(i_load_u8(p));
     case Kind::U8: return to_float(i_load_u8(p));
     case Kind::I16: return to_float(i_load_i16(p));
+    case Kind::I8: return f_sub(to_float(i_xor(i_load_u8(p), i_set(128))), f_set(128.0f));
     default: return f_set(1.0f);
   }
 }
@@ -134,6 +135,9 @@ struct Block {
   int64_t scales_at, corrections_at;  // in a row
   const uint8_t *scales, *zeros;      // of group 0 of the first panel
   int64_t scales_stride, zeros_stride;
+  const uint8_t *super_scales, *super_minima;  // of the first panel, or null
+  int64_t super_stride;
+  int super_shift;
   Kind scale_kind, zero_kind;
   bool zeros_are_minima;
   int32_t signed_by;                  // what has been subtracted from 8-bit codes with zero points
@@ -187,6 +191,30 @@ FN float float_at(const uint32_t* row, int64_t index) {
   return x;
 }
 
+// On to the panels behind the first `count` ones, with all that groups have.
+FN void skip_panels(Block& k, int64_t count) {
+  k.scales += count * k.scales_stride;
+  if (k.zeros) k.zeros += count * k.zeros_stride;
+  if (k.super_scales) k.super_scales += count * k.super_stride;
+  if (k.super_minima) k.super_minima += count * k.super_stride;
+}
+
+// A group's numbers of panel n, times those of its super-block if there are any.
+FN F grid_at(Kind kind, const uint8_t* grid, int64_t stride, const uint8_t* supers, const Block& k,
+             int n, int64_t group) {
+  const F x = load_kind(kind, grid + n * stride + group * kPanel * kind_size(kind));
+  if (supers == nullptr) return x;
+  return f_mul(x, f_load_f16(supers + n * k.super_stride + (group >> k.super_shift) * kPanel * 2));
+}
+
+FN F scale_at(const Block& k, int n, int64_t group) {
+  return grid_at(k.scale_kind, k.scales, k.scales_stride, k.super_scales, k, n, group);
+}
+
+FN F zero_at(const Block& k, int n, int64_t group) {
+  return grid_at(k.zero_kind, k.zeros, k.zeros_stride, k.super_minima, k, n, group);
+}
+
 // Adds a group's sums to the totals, scaled.
 template <class Op, int MR, int NR>
 FN void add_group(F (&acc)[MR][NR], const typename Op::Acc (&t)[MR][NR],
@@ -196,12 +224,8 @@ FN void add_group(F (&acc)[MR][NR], const typename Op::Acc (&t)[MR][NR],
   F scale[NR], zero[NR];
 #pragma GCC unroll 8
   for (int n = 0; n < NR; ++n) {
-    scale[n] = load_kind(k.scale_kind, k.scales + n * k.scales_stride +
-                                           group * kPanel * kind_size(k.scale_kind));
-    zero[n] = f_zero();
-    if (has_zeros)
-      zero[n] = load_kind(k.zero_kind,
-                          k.zeros + n * k.zeros_stride + group * kPanel * kind_size(k.zero_kind));
+    scale[n] = scale_at(k, n, group);
+    zero[n] = has_zeros ? zero_at(k, n, group) : f_zero();
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {

@@ -77,6 +77,7 @@ Scratch thread_scratch(const Layer& layer, const Kernels& kernels) {
     s.c = cut.take<float>(kernels.row_chunk * scratch_columns(layer));
     s.unpacked = cut.take<uint8_t>(kUnpackedBytes);
     s.row = cut.take<float>(longest_row(layer));
+    s.permuted = cut.take<float>(layer.gate_up.permutation ? longest_row(layer) : 0);
     // Last: memory that is not touched without tiles.
     s.tile_rows = cut.take<uint32_t>(
         kTileRowChunk * std::max(tile_row_words(layer.gate_up), tile_row_words(layer.down)));
@@ -206,7 +207,8 @@ bool run_experts(const Kernels& kernels, const Layer& layer, const Input& input,
     if (input.ids[s] < -1 || input.ids[s] >= layer.num_experts) return false;
   const Matrix& m = layer.gate_up;
   const bool has_row_per_slot =
-      m.rounding != Rounding::NONE && (m.rounds_per_expert || input.weight_on_input);
+      m.permutation ||
+      (m.rounding != Rounding::NONE && (m.rounds_per_expert || input.weight_on_input));
   const int64_t most =
       std::max<int64_t>(1, kWorkspaceBytes / bytes_per_token(layer, top_k, has_row_per_slot));
   const int64_t passes = ceil_div(input.num_tokens, most);

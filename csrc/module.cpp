@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <numeric>
@@ -44,7 +45,10 @@ Matrix make_matrix(int code, int arithmetic, int64_t num_rows,
                    int64_t num_columns, int64_t num_panels, int64_t group_columns, Address values,
                    int scale_kind, Address scales, int zero_kind, bool zeros_are_minima,
                    Address zeros, Address row_scale, Address bias, int rounding,
-                   bool rounds_per_expert, Address input_scale) {
+                   bool rounds_per_expert, Address input_scale, int super_shift,
+                   Address super_scales, Address super_minima, Address permutation,
+                   const std::vector<float>& levels) {
+  if (levels.size() > 16) throw nb::value_error("16 levels at most");
   Matrix m{};
   m.code = (Code)code;
   m.arithmetic = (Arithmetic)arithmetic;
@@ -67,6 +71,12 @@ Matrix make_matrix(int code, int arithmetic, int64_t num_rows,
   m.rounding = (Rounding)rounding;
   m.rounds_per_expert = rounds_per_expert;
   m.input_scale = at<float>(input_scale);
+  m.super_shift = super_shift;
+  m.num_supers = (m.num_groups + (1 << super_shift) - 1) >> super_shift;
+  m.super_scales = at<uint8_t>(super_scales);
+  m.super_minima = at<uint8_t>(super_minima);
+  m.permutation = at<int32_t>(permutation);
+  std::copy(levels.begin(), levels.end(), m.levels);
   const auto size = [](Kind kind) {
     return kind == Kind::F32 ? 4 : kind == Kind::F16 || kind == Kind::BF16 || kind == Kind::I16 ? 2 : 1;
   };

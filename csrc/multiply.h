@@ -36,8 +36,7 @@ FN void run_stream(const Blocks& blocks, int num_rows, const Matrix& m, int64_t 
       blocks.wide[count - 1](k);
       row += count;
     }
-    k.scales += wide * k.scales_stride;
-    if (k.zeros) k.zeros += wide * k.zeros_stride;
+    skip_panels(k, wide);
   }
 }
 
@@ -58,6 +57,11 @@ static void multiply(const Matrix& m, int64_t expert, int64_t first_panel, int64
   k.zeros = m.zero_kind == Kind::NONE
                 ? nullptr
                 : m.zeros + expert * m.zeros_stride + first_panel * k.zeros_stride;
+  k.super_shift = m.super_shift;
+  k.super_stride = m.num_supers * kPanel * 2;
+  const int64_t super_at = (expert * m.num_panels + first_panel) * k.super_stride;
+  k.super_scales = m.super_scales ? m.super_scales + super_at : nullptr;
+  k.super_minima = m.super_minima ? m.super_minima + super_at : nullptr;
   if (m.arithmetic == Arithmetic::INT8 && m.code == Code::U8 && k.zeros)
     k.signed_by = 128 - kU8Zero;
   k.scales_at = layout.scales_at;
@@ -116,8 +120,7 @@ static void multiply(const Matrix& m, int64_t expert, int64_t first_panel, int64
       for (int part = 0, call = 0; part < parts; ++part) {
         const int64_t panel = quad + part * wide;
         Block b = k;
-        b.scales += panel * k.scales_stride;
-        if (b.zeros) b.zeros += panel * k.zeros_stride;
+        skip_panels(b, panel);
         b.first_word = word * subs;
         b.last_word = end * subs;
         b.accumulate = word > 0;

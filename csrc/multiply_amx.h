@@ -211,11 +211,8 @@ static void add_sums(const TileRows& t, const Block& k, int first, int count, co
   F scale[PANELS], zero[PANELS];
 #pragma GCC unroll 4
   for (int n = 0; n < PANELS; ++n) {
-    scale[n] = load_kind(k.scale_kind, k.scales + n * k.scales_stride +
-                                           group * kPanel * kind_size(k.scale_kind));
-    if constexpr (HAS_ZEROS)
-      zero[n] = load_kind(k.zero_kind, k.zeros + n * k.zeros_stride +
-                                           group * kPanel * kind_size(k.zero_kind));
+    scale[n] = scale_at(k, n, group);
+    if constexpr (HAS_ZEROS) zero[n] = zero_at(k, n, group);
   }
   const float* row_scales = t.scales + group * t.padded() + first;
   const float* corrections = t.corrections + group * t.padded() + first;
@@ -378,8 +375,7 @@ static void multiply_tiles(const Matrix& m, int64_t expert, int64_t first_panel,
   const auto run = [&](int tile, int64_t step, int64_t words, TilePanels p, int64_t panel, float* c) {
     Block b = k;
     b.c = c + tile * t.rows * k.c_stride + panel * kPanel;
-    b.scales += panel * k.scales_stride;
-    if (b.zeros) b.zeros += panel * k.zeros_stride;
+    skip_panels(b, panel);
     const bool is_pair = t.num_tiles - tile >= 2;
     const auto runs = [&](auto tiles, auto panels) {
       constexpr int kT = decltype(tiles)::value, kP = decltype(panels)::value;

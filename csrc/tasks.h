@@ -192,19 +192,33 @@ static void store_activations(const Matrix& m, uint32_t* row, int64_t first, int
   }
 }
 
+// Whether weights on the input multiply the products: rounding comes after them.
+FN bool weighs_products(const Call& call) {
+  return call.weight_on_input && call.layer->gate_up.rounding == Rounding::NONE;
+}
+
+// A token's row, or one for each of its experts.
 static void prepare(const Call& call, int64_t token, Scratch& scratch) {
   const Matrix& m = call.layer->gate_up;
   const int64_t n = m.num_columns, stride = row_layout(m).stride;
+  if (m.permutation)
+    for (int64_t i = n; i < (n + 15) / 16 * 16; ++i) scratch.permuted[i] = 0.0f;
   for (int64_t k = 0; k < (call.has_row_per_slot ? call.top_k : 1); ++k) {
     const int64_t slot = token * call.top_k + k;
     const int64_t at = call.has_row_per_slot ? call.position[slot] : token;
     if (at < 0) continue;
-    read_row(call.x_dtype, call.x, token * n, n, scratch.row);
-    if (call.has_row_per_slot && call.weight_on_input)
+    const int64_t expert = call.has_row_per_slot ? call.ids[slot] : 0;
+    float* row = scratch.row;
+    read_row(call.x_dtype, call.x, token * n, n, row);
+    if (call.weight_on_input && !weighs_products(call))
       for (int64_t i = 0; i < n; i += 16)
-        f_store(scratch.row + i, f_mul(f_load(scratch.row + i), f_set(call.weights[slot])));
-    const float scale = input_scale(m, call.has_row_per_slot ? call.ids[slot] : 0);
-    store_activations(m, call.rows + at * stride, 0, n, scratch.row, scale);
+        f_store(row + i, f_mul(f_load(row + i), f_set(call.weights[slot])));
+    if (m.permutation) {
+      const int32_t* from = m.permutation + expert * n;
+      for (int64_t i = 0; i < n; ++i) scratch.permuted[i] = row[from[i]];
+      row = scratch.permuted;
+    }
+    store_activations(m, call.rows + at * stride, 0, n, row, input_scale(m, expert));
   }
 }
 
@@ -224,7 +238,7 @@ static void gate_up(const Call& call, int64_t expert, int64_t unit, Scratch& scr
   const float* scale = m.row_scale ? m.row_scale + (expert * m.num_panels + first_panel) * kPanel : nullptr;
   const float* bias = m.bias ? m.bias + (expert * m.num_panels + first_panel) * kPanel : nullptr;
   const float input = input_scale(m, expert), hidden_scale = input_scale(layer.down, expert);
-  const bool weighs = call.weight_on_input && !call.has_row_per_slot;
+  const bool weighs = weighs_products(call);
   const int64_t last = call.offsets[expert + 1];
   for (int64_t begin = call.offsets[expert], count; begin < last; begin += count) {
     count = last - begin < kRows ? last - begin : kRows;

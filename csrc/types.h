@@ -22,10 +22,10 @@ constexpr int kQuadBytes = kQuad * kWordBytes;
 constexpr int kRowChunk = 96, kTileRowChunk = 256;
 
 // How a code becomes a level. The values are those of `_CODES` in mixtura/kernels/cpu/panels.py.
-enum class Code : int { F32, F16, BF16, U8, U4, E2M1, E4M3 };
+enum class Code : int { F32, F16, BF16, U8, U4, E2M1, E4M3, CODEBOOK };
 
 // The element type of scales and zero points.
-enum class Kind : int { NONE, F32, F16, BF16, E8M0, E4M3, U8, I16 };
+enum class Kind : int { NONE, F32, F16, BF16, E8M0, E4M3, U8, I16, I8 };
 
 // The arithmetic of the products, and so the form of activations.
 enum class Arithmetic : int { F32, BF16, INT8 };
@@ -74,11 +74,18 @@ struct Matrix {
   const uint8_t* values;           // [L][quad][word][panel of the quad][16] words
   const uint8_t* scales;           // [L][panel][group][16]
   const uint8_t* zeros;            // [L][panel][group][16]
+  // fp16 numbers that scales and minima multiply, of 2 ** super_shift groups: [L][panel][super][16];
+  // null where there are none.
+  const uint8_t *super_scales, *super_minima;
+  int super_shift;
+  int64_t num_supers;
   const float* row_scale;          // [L][panel][16] or null
   const float* bias;               // [L][panel][16] or null
   Rounding rounding;               // of the rows
   bool rounds_per_expert;          // input scales differ
   const float* input_scale;        // [L], 0: the expert's rows are not rounded; null without rounding
+  const int32_t* permutation;      // [L][column]: the activation that a column meets; null: its own
+  float levels[16];                // of CODEBOOK
   int64_t values_stride, scales_stride, zeros_stride;  // bytes of one expert
 };
 
@@ -140,12 +147,14 @@ struct Call {
   void* out;                     // (T, H) as x_dtype, or (T, K, H) fp32
   int64_t num_tokens, top_k;
   bool weight_on_input, reduce;
-  bool has_row_per_slot;         // rows are rounded for their expert; multiplied by weights on the input
+  // Rows are rounded for their expert, and then multiplied by weights on the input; or in its order.
+  bool has_row_per_slot;
   // Sorted by expert: sorted row r is slot `slots[r]`; expert e has rows offsets[e] .. offsets[e+1].
   const int32_t* slots;
   const int32_t* offsets;
   const int32_t* position;       // of a slot among the sorted rows; -1 without expert
-  uint32_t* rows;                // (T, row_layout(gate_up).stride), or (N, ...) sorted by expert
+  // (T, row_layout(gate_up).stride); where each slot has its own (N, ..), sorted by expert.
+  uint32_t* rows;
   uint32_t* hidden;              // (N, row_layout(down).stride)
   float* y;                      // (N, down.num_panels * 16)
 };
@@ -154,7 +163,7 @@ struct Call {
 struct Scratch {
   float* c;            // row_chunk * scratch_columns
   uint8_t* unpacked;   // kUnpackedBytes
-  float* row;          // one row in fp32, padded
+  float *row, *permuted;  // one row in fp32, padded
   uint32_t* tile_rows; // kTileRowChunk rows of tile_row_words
   // Whose rows are to be multiplied, and whose are in `tile_rows`: a number for each set of rows.
   int64_t rows_of, tiles_of;

@@ -3,7 +3,8 @@
 
 namespace {
 
-constexpr float kE2M1Levels[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+alignas(64) constexpr float kE2M1Levels[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                               -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
 static bool needs_unpacking(const Matrix& m) {
   switch (m.arithmetic) {
@@ -14,7 +15,8 @@ static bool needs_unpacking(const Matrix& m) {
 }
 
 // Code `index` of 16 words -> levels, before the zero point.
-FN F level_at(Code code, V raw, int index) {
+FN F level_at(const Matrix& m, V raw, int index) {
+  const Code code = m.code;
   switch (code) {
     case Code::F16: return f16_low(index == 0 ? raw : i_shr<16>(raw));
     case Code::BF16:
@@ -39,12 +41,7 @@ FN F level_at(Code code, V raw, int index) {
       if (index == 7) codes = i_shr<28>(raw);
       codes = i_and(codes, i_set(15));
       if (code == Code::U4) return f_sub(to_float(codes), f_set(8.0f));
-      alignas(64) int32_t lane[16];
-      alignas(64) float level[16];
-      i_store(lane, codes);
-      for (int n = 0; n < 16; ++n)
-        level[n] = lane[n] & 8 ? -kE2M1Levels[lane[n] & 7] : kE2M1Levels[lane[n]];
-      return f_load(level);
+      return f_lookup(code == Code::E2M1 ? kE2M1Levels : m.levels, codes);
     }
   }
 }
@@ -94,9 +91,9 @@ static void unpack_panel(const Matrix& m, const uint8_t* panel, const uint8_t* z
       offset = f_set(middle);
     }
     for (int s = 0; s < subs; ++s, out += kWordBytes) {
-      const F low = f_add(level_at(m.code, raw, s), offset);
+      const F low = f_add(level_at(m, raw, s), offset);
       if (m.arithmetic == Arithmetic::F32) f_store((float*)out, low);
-      else v_store(out, bf16_pair(low, f_add(level_at(m.code, raw, s + subs), offset)));
+      else v_store(out, bf16_pair(low, f_add(level_at(m, raw, s + subs), offset)));
     }
   }
 }

@@ -115,6 +115,13 @@ FN F f16_low(V x) {
           _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
 
+FN __m256 lookup_half(const float* table, __m256i x) {
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), x),
+                          _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), x),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(x, 28)));
+}
+FN F f_lookup(const float* table, I x) { return {lookup_half(table, x.a), lookup_half(table, x.b)}; }
+
 FN V v_load(const void* p) { return i_load(p); }
 FN void v_store(void* p, V x) { i_store(p, x); }
 FN V v_bcast(const uint32_t* p) {

@@ -66,6 +66,9 @@ FN void store_i8(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_e
 // The low halves of 16 words as halves.
 FN F f16_low(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 
+// table[the low 4 bits of every lane]
+FN F f_lookup(const float* table, I a) { return _mm512_permutexvar_ps(a, f_load(table)); }
+
 FN V v_load(const void* p) { return _mm512_loadu_si512(p); }
 FN void v_store(void* p, V a) { _mm512_storeu_si512(p, a); }
 FN V v_bcast(const uint32_t* p) { return _mm512_set1_epi32((int)*p); }

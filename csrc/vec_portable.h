@@ -136,6 +136,8 @@ FN void store_i8(void* p, I x) {
 }
 FN F f16_low(V x) { F r; EACH r.v[n] = half_to_float((uint32_t)x.v[n] & 0xffff); return r; }
 
+FN F f_lookup(const float* table, I x) { F r; EACH r.v[n] = table[x.v[n] & 15]; return r; }
+
 FN V v_load(const void* p) { return i_load(p); }
 FN void v_store(void* p, V x) { i_store(p, x); }
 FN V v_bcast(const uint32_t* p) { return i_set((int32_t)*p); }

@@ -19,6 +19,7 @@ from mixtura.config import ExpertsConfig, RoutingConfig  # noqa: E402
 from mixtura.hf.blocks import BLOCKS  # noqa: E402
 from mixtura.hf.convert import NOT_TAKEN_OVER  # noqa: E402
 from mixtura.kernels import get_kernel, kernel_names  # noqa: E402
+from mixtura.kernels.cpu.conversions import conversion_of  # noqa: E402
 from mixtura.quant.codecs.gguf import Gguf, GgufBlocks, is_weight_type  # noqa: E402
 from mixtura.quant.codecs.output_formats import OutputFormat  # noqa: E402
 from mixtura.quant.codecs.registry import codec_class, method_names  # noqa: E402
@@ -123,6 +124,15 @@ def bits_per_weight(scheme: QuantScheme) -> float:
     return 8 * num_bytes / 256**2
 
 
+def cpu_kernels_for(scheme: QuantScheme) -> str:
+    """The kernels for a CPU, with what the C++ kernel makes of codes that it does not have."""
+    kernels, conversion = kernels_for(scheme, "cpu"), conversion_of(scheme)
+    if conversion is None:
+        return kernels
+    bits = bits_per_weight(conversion.read)
+    return kernels.replace("cpu", f"cpu ({conversion}, {bits:.3g} bits)", 1)
+
+
 def checkpoints_table() -> str:
     """Family x format -> what keeps it packed, runs and writes it."""
     outputs = [OutputFormat.of(format) for format in WeightFormat if format.scheme.is_quantized]
@@ -142,7 +152,7 @@ def checkpoints_table() -> str:
             f"{family} (`{methods[family]}`)",
             f"{types}: {scheme}" if types else str(scheme),
             f"yes, {bits}" if scheme.is_quantized else f"dense, {bits}",
-            kernels_for(scheme, "cpu"),
+            cpu_kernels_for(scheme),
             kernels_for(scheme, "cuda"),
             written.get((family, scheme), ""),
         )

@@ -24,12 +24,13 @@ from mixtura.config import (
     RoutingConfig,
     WeightOn,
 )
+from mixtura.kernels.cpu.arithmetic import Arithmetic, arithmetic_for
 from mixtura.kernels.cpu.panels import ACTIVATION_GROUP
 from mixtura.layer import FusedMoE
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import dense, dequantize
 from mixtura.quant.quantize import quantize
-from mixtura.quant.scheme import Code, QuantScheme
+from mixtura.quant.scheme import QuantScheme
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -166,9 +167,13 @@ def cpu_products_bound(
     scheme: QuantScheme, rows: torch.dtype, activation_dtype: ActivationDtype | None = None
 ) -> float:
     """The `frobenius_error` that the cpu kernel may have with packed weights, on any path."""
-    if scheme.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
-        return products_bound(torch.bfloat16, None, rows)
-    return products_bound(torch.int8, scheme.group_shape[1] or ACTIVATION_GROUP, rows)
+    match arithmetic_for(scheme, activation_dtype, has_bf16=True):
+        case Arithmetic.F32:
+            return products_bound(torch.float32, None, rows)
+        case Arithmetic.BF16:
+            return products_bound(torch.bfloat16, None, rows)
+        case Arithmetic.INT8:
+            return products_bound(torch.int8, scheme.group_shape[1] or ACTIVATION_GROUP, rows)
 
 
 def random_batch(

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat
 from mixtura.quant.codecs.decoding import parts_of
 from mixtura.quant.codecs.registry import codec_for
-from mixtura.quant.matrix import dequantize
+from mixtura.quant.matrix import QuantizedMatrix, dequantize
 from mixtura.quant.quantize import quantize
 from mixtura.quant.scheme import Code, QuantScheme
 
@@ -65,6 +65,24 @@ def write_packed(
         The weights of the checkpoint that it stands for, dense.
     """
     codec, format, scheme, input_scale = format_like(name)
+
+    def packed(tensor: str, value: Tensor) -> tuple[QuantizedMatrix, dict[str, Tensor]]:
+        matrix = quantize(value, scheme)
+        return matrix, format.encode(Decoded(matrix, input_scale))
+
+    config = golden_index()[name]["quantization_config"]
+    return write_with(dense, out, codec, config, packed, is_packed)
+
+
+def write_with(
+    dense: Path,
+    out: Path,
+    codec: Codec,
+    config: dict[str, Any],
+    packed: Callable[[str, Tensor], tuple[QuantizedMatrix, dict[str, Tensor]]],
+    is_packed: Callable[[str], bool],
+) -> dict[str, Tensor]:
+    """Write a checkpoint with some matrices as `packed` makes them: the matrix, and its parts."""
     suffix: dict[str, str] = {}
     for end, part in codec.suffixes.items():
         suffix.setdefault(part, end)
@@ -73,15 +91,15 @@ def write_packed(
         if not is_packed(tensor):
             means[tensor] = stored[tensor] = value
             continue
-        matrix = quantize(value, scheme)
+        matrix, parts = packed(tensor, value)
         means[tensor] = dequantize(matrix).to(value.dtype)
-        for part, content in format.encode(Decoded(matrix, input_scale)).items():
+        for part, content in parts.items():
             stored[tensor.removesuffix(".weight") + suffix[part]] = content.clone()
     out.mkdir()
     for file in dense.glob("*.json"):
         shutil.copy(file, out)
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((dense / "config.json").read_text())
-    config["quantization_config"] = golden_index()[name]["quantization_config"]
-    (out / "config.json").write_text(json.dumps(config))
+    whole = json.loads((dense / "config.json").read_text())
+    whole["quantization_config"] = config
+    (out / "config.json").write_text(json.dumps(whole))
     return means

@@ -23,10 +23,11 @@ from mixtura.kernels.torch import TorchKernel
 from mixtura.quant.block_codes import BLOCK_CODES, GRIDS
 from mixtura.quant.codecs.contract import Header
 from mixtura.quant.codecs.gguf import HEADERS, Gguf, GgufBlocks, is_weight_type, read_weight
-from mixtura.quant.codecs.gguf_blocks import LAYOUTS, TwoLevelScales, gather, spread
+from mixtura.quant.codecs.gguf_blocks import LAYOUTS, gather, spread
 from mixtura.quant.ggml_types import GgmlType
-from mixtura.quant.matrix import QuantizedMatrix, dequantize, stack_experts
+from mixtura.quant.matrix import QuantizedMatrix, dequantize, group_scales, stack_experts
 from mixtura.quant.quantize import quantize
+from mixtura.quant.rows import concat_rows, take_rows
 from mixtura.quant.scheme import Code, GlobalScale, QuantScheme
 from mixtura.types import ExpertWeights
 
@@ -210,8 +211,32 @@ def test_planes_are_runs_of_fields() -> None:
 def test_only_what_values_do_not_tell_is_kept() -> None:
     for type in BLOCK_TYPES:
         kept = GgufBlocks(type).read("w", {"blocks": blocks_of(type, 2, 256)}).kept
-        is_two_level = type in LAYOUTS and isinstance(LAYOUTS[type].scales, TwoLevelScales)
-        assert bool(kept) is (is_two_level or type in (GgmlType.TQ1_0, GgmlType.NVFP4)), type
+        assert bool(kept) is (type in (GgmlType.TQ1_0, GgmlType.NVFP4)), type
+
+
+def test_scales_of_k_quants_are_those_of_the_file() -> None:
+    raw, _ = BY_HAND["Q4_K"]
+    matrix = read(GgmlType.Q4_K, torch.tensor([raw], dtype=torch.uint8))
+    assert matrix.scales is not None and matrix.zero_points is not None
+    assert (matrix.scales.dtype, matrix.zero_points.dtype) == (torch.uint8, torch.uint8)
+    assert matrix.scales.tolist() == [[1, 1, 1, 1, 1, 1, 1, 1]]
+    assert matrix.zero_points.tolist() == [[2, 2, 2, 2, 3, 3, 3, 3]]
+    assert matrix.super_scales is not None and matrix.super_minima is not None
+    assert (matrix.super_scales.item(), matrix.super_minima.item()) == (0.5, 0.25)
+    assert group_scales(matrix).tolist() == [[0.5] * 8]
+    raw, _ = BY_HAND["Q6_K"]
+    raw = [*raw[:192], *range(0xF8, 0x100), *range(8), *raw[208:]]
+    matrix = read(GgmlType.Q6_K, torch.tensor([raw], dtype=torch.uint8))
+    assert matrix.scales is not None and matrix.scales.dtype is torch.int8
+    assert matrix.scales.tolist() == [list(range(-8, 8))]
+
+
+def test_rows_of_super_blocks_can_be_moved() -> None:
+    matrix = read(GgmlType.Q5_K, blocks_of(GgmlType.Q5_K, 4, 512))
+    order = torch.tensor([2, 0, 3])
+    weight = dequantize(matrix)
+    assert torch.equal(dequantize(take_rows(matrix, order)), weight[order])
+    assert torch.equal(dequantize(concat_rows([matrix, matrix])), torch.cat([weight, weight]))
 
 
 def test_canonical_blocks_keep_nothing() -> None:
@@ -233,7 +258,11 @@ def test_headers_of_all_experts_where_one_needs_them() -> None:
     assert torch.equal(format.encode(decoded)["blocks"], blocks)
 
 
-BITS = {"Q4_0": 4.5, "Q8_0": 8.5, "Q4_K": 6.0, "Q6_K": 8.0, "IQ2_XXS": 2.0625, "TQ1_0": 2.0625}
+BITS = {
+    **{"Q4_0": 4.5, "Q8_0": 8.5, "IQ2_XXS": 2.0625, "TQ1_0": 2.0625},
+    **{"Q2_K": 3.125, "Q3_K": 3.5625, "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625},
+    "IQ4_XS": 4.3125,
+}
 
 
 @pytest.mark.parametrize(("name", "bits"), BITS.items())
@@ -429,13 +458,21 @@ def test_types_by_name() -> None:
 
 
 def test_what_cannot_be_written() -> None:
+    format = GgufBlocks(GgmlType.TQ1_0)
+    decoded = format.read("w", {"blocks": blocks_of(GgmlType.TQ1_0, 2, 256)})
+    other = format.read("w", {"blocks": blocks_of(GgmlType.TQ1_0, 2, 256, seed=1)})
+    refused = pytest.raises(ConfigError, match=r"what its blocks can, and the block_headers")
+    with refused:
+        format.encode(dataclasses.replace(decoded, kept=other.kept))
+    two_bits = dataclasses.replace(decoded.matrix, values=decoded.matrix.values | 0xFF)
+    with refused:  # a byte holds five digits, and none is 3
+        format.encode(dataclasses.replace(decoded, matrix=two_bits, kept={}))
     format = GgufBlocks(GgmlType.Q4_K)
     decoded = format.read("w", {"blocks": blocks_of(GgmlType.Q4_K, 2, 256)})
-    with pytest.raises(ConfigError, match=r"block_headers .* read with the matrix; got none"):
-        format.encode(dataclasses.replace(decoded, kept={}))
-    other = format.read("w", {"blocks": blocks_of(GgmlType.Q4_K, 2, 256, seed=1)})
-    with pytest.raises(ConfigError, match="got those of another matrix"):
-        format.encode(dataclasses.replace(decoded, kept=other.kept))
+    assert decoded.matrix.scales is not None
+    wide = dataclasses.replace(decoded.matrix, scales=decoded.matrix.scales | 64)
+    with refused:  # six bits
+        format.encode(dataclasses.replace(decoded, matrix=wide))
     with pytest.raises(ConfigError, match=r"must have the scheme of Q5_K"):
         GgufBlocks(GgmlType.Q5_K).encode(decoded)
 

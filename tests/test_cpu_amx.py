@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixtura.config import ActivationDtype
 from mixtura.kernels.cpu import PackedLayer, pack_layer, run_packed
+from mixtura.kernels.cpu.arithmetic import Arithmetic, arithmetic_for
 from mixtura.kernels.cpu.extension import (
     cpu_flags,
     current_path,
@@ -23,7 +24,6 @@ from mixtura.kernels.cpu.linear import pack_linear, run_linear
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import QuantizedMatrix, dense
 from mixtura.quant.packing import pack_codes
-from mixtura.quant.scheme import Code
 from mixtura.types import ExpertBatch, ExpertWeights
 
 EMULATED, BLOCKS = "amx_emulated", "avx512_bf16"
@@ -61,8 +61,8 @@ def check(weights: ExpertWeights, activation_dtype: ActivationDtype | None = Non
     for count in ROW_COUNTS:
         assert torch.equal(run_on(EMULATED, packed, rows_from(batch, count)), found[:count]), count
     other = run_on(BLOCKS, packed, batch)
-    is_int8 = all(s.is_quantized and s.code is not Code.E4M3 for s in weights.schemes)
-    if is_int8 and activation_dtype is None:
+    found_in = {arithmetic_for(s, activation_dtype, has_bf16=True) for s in weights.schemes}
+    if found_in == {Arithmetic.INT8}:
         assert torch.equal(found, other)
     assert frobenius_error(found, other) <= limit
 

@@ -57,7 +57,7 @@ from mixtura.kernels.cpu.extension import (
 )
 from mixtura.kernels.cpu.panels import ACTIVATION_GROUP
 from mixtura.quant.formats import WeightFormat
-from mixtura.quant.matrix import QuantizedMatrix, dense
+from mixtura.quant.matrix import QuantizedMatrix, dense, group_scales
 from mixtura.quant.packing import pack_codes
 from mixtura.quant.scheme import Code, GlobalScale, QuantScheme, ZeroPoint
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
@@ -317,6 +317,18 @@ def scheme(
     return QuantScheme(code, bits, group, scale, zero or symmetric, global_scale)
 
 
+def super_blocks(
+    bits: int, columns: int, super_columns: int, zero: ZeroPoint = ZeroPoint.MID
+) -> QuantScheme:
+    dtype = torch.int8 if zero is ZeroPoint.MID else torch.uint8
+    return QuantScheme(
+        Code.INT, bits, (1, columns), dtype, zero_point=zero, super_columns=super_columns
+    )
+
+
+# Of more bits than bf16 has, and with two zeros, as in FP4 of bitsandbytes.
+FRACTIONS = (0.0, *torch.linspace(-1, 1, 14).erfinv().clamp(-3, 3).tolist(), -0.0)
+NF4 = QuantScheme(Code.CODEBOOK, 4, (1, 64), torch.float32, codebook=FRACTIONS)
 E8M0, E4M3 = torch.float8_e8m0fnu, torch.float8_e4m3fn
 SCHEMES: dict[str, tuple[QuantScheme, torch.dtype | None]] = {
     "int8, zeros": (scheme(Code.INT, 8, (1, 32), zero=ZeroPoint.INTEGER), torch.uint8),
@@ -343,6 +355,9 @@ SCHEMES: dict[str, tuple[QuantScheme, torch.dtype | None]] = {
         scheme(Code.INT, 4, (1, 32), E4M3, ZeroPoint.INTEGER, GlobalScale.MATRIX),
         torch.uint8,
     ),
+    "int4, super-blocks with minima": (super_blocks(4, 32, 256, ZeroPoint.MINIMUM), None),
+    "int4, super-blocks": (super_blocks(4, 16, 128), None),
+    "int8, super-blocks": (super_blocks(8, 16, 256), None),
     "int4, per output": (scheme(Code.INT, 4, (1, None), torch.float16), None),
     "int8, per matrix": (scheme(Code.INT, 8, (None, None)), None),
     "int8, blocks": (scheme(Code.INT, 8, (64, 64), torch.bfloat16), None),
@@ -352,6 +367,8 @@ SCHEMES: dict[str, tuple[QuantScheme, torch.dtype | None]] = {
     "int4, groups of 80": (scheme(Code.INT, 4, (1, 80)), None),
     "int8, e8m0": (scheme(Code.INT, 8, (1, 32), E8M0), None),
     "int8, e4m3": (scheme(Code.INT, 8, (1, 16), E4M3), None),
+    "codebook": (NF4, None),
+    "codebook, per output": (dataclasses.replace(NF4, group_shape=(1, None)), None),
     "e2m1, fp16": (scheme(Code.E2M1, 4, (1, 64), torch.float16), None),
     "e2m1, per output": (scheme(Code.E2M1, 4, (1, None), torch.bfloat16), None),
     "e2m1, per row": (
@@ -395,6 +412,11 @@ def random_matrix(
         tensors["global_scale"] *= usual
         usual = 1.0
     signs = torch.where(torch.rand(around.shape, generator=generator) < 0.2, -1.0, 1.0)
+    if "permutation" in specs:
+        order = torch.rand(specs["permutation"].shape, generator=generator).argsort(-1)
+        tensors["permutation"] = order.int()
+    if scheme.super_columns is not None:
+        return of_super_blocks(shape, scheme, tensors, around * signs, usual)
     if scheme.scale_dtype is E8M0:
         tensors["scales"] = (around * usual).log2().round().exp2().to(E8M0)
     else:
@@ -409,6 +431,27 @@ def random_matrix(
         else:
             minima = tensors["scales"].float() * middle * (near + 0.5)
             tensors["zero_points"] = minima.to(zeros)
+    return QuantizedMatrix(scheme, shape, **tensors)
+
+
+def of_super_blocks(
+    shape: tuple[int, int, int],
+    scheme: QuantScheme,
+    tensors: dict[str, Tensor],
+    around: Tensor,
+    usual: float,
+) -> QuantizedMatrix:
+    """Levels of up to 48, signed or not, times fp16 scales of super-blocks."""
+    specs = scheme.tensors_for(shape)
+    is_signed = scheme.scale_dtype is torch.int8
+    levels = (around if is_signed else around.abs()) * 32
+    tensors["scales"] = levels.round().to(scheme.scale_dtype)
+    blocks = torch.linspace(0.8, 1.2, math.prod(specs["super_scales"].shape)) * usual / 32
+    tensors["super_scales"] = blocks.view(specs["super_scales"].shape).half()
+    tensors["super_scales"][:, 1::2] *= -1
+    if "super_minima" in specs:
+        tensors["zero_points"] = (around.abs() * 32).round().to(torch.uint8)  # to the middle
+        tensors["super_minima"] = tensors["super_scales"] * 2.0 ** (scheme.bits - 1)
     return QuantizedMatrix(scheme, shape, **tensors)
 
 
@@ -446,6 +489,35 @@ def test_schemes_without_a_name(name, layout):
         with forced_path(path):
             check(weights, batch, truth=truth)
             check(weights, batch, truth=truth, activation_dtype=ActivationDtype.BF16)
+
+
+def multiplied_out(weights: ExpertWeights) -> ExpertWeights:
+    """The same with fp32 scales and minima of groups."""
+
+    def matrix(old: QuantizedMatrix) -> QuantizedMatrix:
+        flat = dataclasses.replace(old.scheme, scale_dtype=torch.float32, super_columns=None)
+        zeros = old.zero_points
+        if zeros is not None:
+            as_scales = dataclasses.replace(old, scales=zeros, super_scales=old.super_minima)
+            zeros = group_scales(as_scales)
+        return QuantizedMatrix(flat, old.shape, old.values, group_scales(old), zeros)
+
+    return dataclasses.replace(
+        weights,
+        gate_up_proj=matrix(weights.gate_up_proj),
+        down_proj=matrix(weights.down_proj),
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "super-blocks" in name])
+def test_super_blocks_give_what_their_scales_multiplied_out_give(path, name):
+    """Bit for bit, with few rows of an expert and with many."""
+    weights = matrices(sizes(2, 336, 304), *SCHEMES[name])
+    packed, other = pack_layer(weights), pack_layer(multiplied_out(weights))
+    for num_rows in (1, 40):
+        batch = random_batch(weights.config, num_rows, 1)
+        assert torch.equal(run(packed, batch), run(other, batch))
+    assert packed.num_bytes < other.num_bytes
 
 
 def test_projections_in_two_schemes(path):
@@ -833,6 +905,13 @@ def test_zero_points_and_global_scales_must_be_finite():
         pack_layer(spoiled(weights, "global_scale", float("nan")))
 
 
+def test_numbers_of_super_blocks_must_be_finite():
+    weights = matrices(sizes(2, 64, 32), *SCHEMES["int4, super-blocks with minima"])
+    for name in ("super_scales", "super_minima"):
+        with pytest.raises(InputError, match=rf"{name} \(.*\) must be finite; got nan"):
+            pack_layer(spoiled(weights, name, float("nan")))
+
+
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_codes_must_be_numbers(code):
     weights = quantized(random_weights(sizes(2, 64, 32)), WeightFormat.FP8)
@@ -944,14 +1023,21 @@ def test_what_it_cannot_run_it_says():
     assert reads is not None and reads.endswith("codes, not float64")
     rows = unsupported(QuantScheme.dense(torch.float32), row_dtype=torch.float64)
     assert rows == "computes rows of fp32, fp16 and bf16, not torch.float64"
-    two_bits = unsupported(scheme(Code.INT, 2, (1, 32)))
-    assert two_bits is not None and two_bits.endswith("not int2")
-    levels = QuantScheme(Code.CODEBOOK, 4, (1, 32), torch.float32, codebook=(0.0,) * 16)
-    assert "not codebook" in str(unsupported(levels))
+    infinities = unsupported(scheme(Code.E5M2, 8, (1, 32)))
+    assert infinities is not None and infinities.endswith("not e5m2")
+    levels = QuantScheme(Code.CODEBOOK, 5, (1, 32), torch.float32, codebook=(0.5,) * 32)
+    assert str(unsupported(levels)).endswith("not codebook of 32")
+    assert unsupported(NF4) is None
+    asked = unsupported(NF4, activation_dtype=ActivationDtype.INT8)
+    assert str(asked).endswith("e2m1 codes, not with codebook of 16")
     sorted_columns = dataclasses.replace(scheme(Code.INT, 4, (1, 32)), has_permutation=True)
-    assert "these are permuted" in str(unsupported(sorted_columns))
+    assert unsupported(sorted_columns) is None
+    apart = unsupported(sorted_columns, experts=CONFIGS["separate"])
+    assert str(apart).endswith("of one order of columns, and the projections have their own")
     for columns in (8, 24, 272, 512):
         assert f"these have {columns}" in str(unsupported(scheme(Code.INT, 4, (1, columns))))
+    three = dataclasses.replace(super_blocks(4, 16, 256), super_columns=48)
+    assert str(unsupported(three)).endswith("groups, and these have 3")
     two = scheme(Code.E4M3, 8, (1, None), global_scale=GlobalScale.MATRIX)
     assert unsupported(two) == "has one scale for an output, and these have two"
     whole = scheme(Code.INT, 8, (1, None), zero=ZeroPoint.INTEGER)

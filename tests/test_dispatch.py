@@ -15,6 +15,7 @@ from expert_cases import build_layer, moe_config, random_weights, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 from spread_layers import WAYS, rank_layer
+from test_cpu_kernel import matrices, super_blocks
 from tolerances import assert_close, frobenius_error
 from torch import Tensor
 
@@ -51,9 +52,12 @@ from mixtura.layer import FusedMoE
 from mixtura.parallel import ExpertParallel, SlotTables, Topology, Transport
 from mixtura.parallel.ranks import Spread
 from mixtura.parallel.shard import cut_weights
+from mixtura.quant.cuts import cut_rows, take_experts
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
+from mixtura.quant.scheme import ZeroPoint
+from mixtura.types import ExpertWeights
 
 SHARED_EXPERTS = SharedExpertsConfig(intermediate_size=8)
 OVERLAP = RunnerConfig(overlap_min_tokens=2)
@@ -451,6 +455,29 @@ def test_cuts_of_quantized_weights_are_exact(weights, gate_up):
         gate_up_proj=quantize(dense_weights.gate_up_proj.values, weights),
         down_proj=quantize(dense_weights.down_proj.values, weights),
     )
+    assert_exact_halves(whole)
+
+
+# As Q4_K and Q6_K of GGUF.
+SUPER_BLOCKS = [super_blocks(4, 32, 256, ZeroPoint.MINIMUM), super_blocks(6, 16, 256)]
+
+
+@pytest.mark.parametrize("gate_up", [GateUp.STACKED, GateUp.INTERLEAVED, GateUp.UNGATED])
+@pytest.mark.parametrize("scheme", SUPER_BLOCKS, ids=str)
+def test_cuts_of_super_blocks_are_exact(scheme, gate_up):
+    sizes = ExpertsConfig(num_experts=3, hidden_size=64, intermediate_size=512, gate_up=gate_up)
+    whole = matrices(sizes, scheme)
+    assert_exact_halves(whole)
+    found = dequantize(take_experts(whole.down_proj, [2, 0]))
+    assert torch.equal(found, dequantize(whole.down_proj)[[2, 0]])
+    found = dequantize(cut_rows(whole.down_proj.expert(1), [(5, 9), (0, 2)]))
+    assert torch.equal(found, dequantize(whole.down_proj)[1, [5, 6, 7, 8, 0, 1]])
+    with pytest.raises(ConfigError, match="must be cut at multiples of 256; got a cut at 128"):
+        cut_weights(whole, 1, 4)
+
+
+def assert_exact_halves(whole: ExpertWeights) -> None:
+    gate_up = whole.config.gate_up
     parts = [cut_weights(whole, part, 2) for part in range(2)]
     down = torch.cat([dequantize(part.down_proj) for part in parts], 2)
     assert torch.equal(down, dequantize(whole.down_proj))

@@ -15,6 +15,8 @@ import virtual_ranks
 from expert_cases import build_layer, moe_config, random_weights, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cpu_kernel import NF4, matrices, super_blocks
+from test_cpu_permuted import SCHEMES as PERMUTED
 from test_dispatch import OWN, SHARED, by_way
 from tolerances import assert_close
 from torch import Tensor
@@ -41,6 +43,7 @@ from mixtura.parallel.ranks import Spread
 from mixtura.parallel.shard import shard_weights
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.quantize import quantize
+from mixtura.quant.scheme import ZeroPoint
 from mixtura.types import ExpertBatch, ExpertWeights
 
 NUM_EXPERTS = 6
@@ -180,6 +183,13 @@ def test_ids_that_are_no_experts_are_an_error():
 
 # ------------------------------------------------------------------------------------------ records
 
+SCHEMES = {
+    "q4_k": (super_blocks(4, 16, 32, ZeroPoint.MINIMUM), None),
+    "nf4": (NF4, None),
+    "permuted int4": PERMUTED["int4, zeros"],
+    "permuted int3": PERMUTED["int3, global scales"],
+}
+
 
 def weights_of(name: str, num_experts: int = NUM_EXPERTS, seed: int = 0) -> ExpertWeights:
     sizes = ExpertsConfig(
@@ -188,6 +198,11 @@ def weights_of(name: str, num_experts: int = NUM_EXPERTS, seed: int = 0) -> Expe
     dense = random_weights(sizes, torch.bfloat16 if name == "bf16" else torch.float32, seed)
     if name in ("fp32", "bf16"):
         return dense
+    if name in SCHEMES:
+        found = matrices(sizes, *SCHEMES[name], seed=seed)
+        return dataclasses.replace(
+            found, gate_up_bias=dense.gate_up_bias, down_bias=dense.down_bias
+        )
     weights = WeightFormat.parse(name)
     return dataclasses.replace(
         dense,
@@ -196,13 +211,13 @@ def weights_of(name: str, num_experts: int = NUM_EXPERTS, seed: int = 0) -> Expe
     )
 
 
-FORMATS = ["fp32", "bf16", "int8-g32", "int4-g32", "mxfp4", "nvfp4", "fp8", "fp8-block"]
+FORMATS = ["fp32", "bf16", "int8-g32", "int4-g32", "mxfp4", "nvfp4", "fp8", "fp8-block", *SCHEMES]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kernel", kernel_names())
 def test_an_expert_can_be_copied_to_another_slot_in_every_kernel_and_format(kernel, name):
-    """The slot then computes what the expert did, at the same addresses."""
+    """The slot then computes what the expert did, at the same addresses, and is it unpacked."""
     chosen = get_kernel(kernel)
     config = moe_config(hidden_size=32, experts={"intermediate_size": 32, "has_bias": True})
     layer = FusedMoE(config, weights=weights_of(name))
@@ -230,6 +245,17 @@ def test_an_expert_can_be_copied_to_another_slot_in_every_kernel_and_format(kern
         assert torch.equal(run(there, 1), run(here, 4))
         other = chosen.pack(weights_of(name, seed=1))
         assert torch.equal(run(there, 0), run(other, 0))
+    moved, given, stayed = (
+        chosen.unpack(packed, config.experts).slots() for packed in (there, here, other)
+    )
+    for part, tensor in moved.items():
+        assert torch.equal(as_bytes(tensor[1]), as_bytes(given[part][4])), part
+        for slot in (0, 2, 3, 4, 5):
+            assert torch.equal(as_bytes(tensor[slot]), as_bytes(stayed[part][slot])), part
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 @given(st.integers(1, 200), st.data())

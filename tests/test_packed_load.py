@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
-from packed_files import formats, write_packed
+from packed_files import formats, write_packed, write_with
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 import mixtura
+from mixtura.config import GateUp
 from mixtura.errors import CheckpointError, InputError
 from mixtura.experts import PackedExperts
 from mixtura.hf.linears import PackedLinear
 from mixtura.hf.mapped import MappedFiles
+from mixtura.quant.codecs.contract import Codec, Decoded, Header
+from mixtura.quant.codecs.registry import codec_for
+from mixtura.quant.formats import WeightFormat
+from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.quantize import quantize
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 IDS = torch.arange(1, 9).unsqueeze(0)
 
@@ -178,6 +186,61 @@ def test_a_quantized_stack_of_llama_4_is_told(scale: str, tmp_path: Path) -> Non
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"{name}.* must be written expert by expert"):
         mixtura.from_pretrained(tmp_path / "packed")
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": True}
+
+
+def in_another_order(
+    codec: Codec, value: Tensor, seed: int
+) -> tuple[QuantizedMatrix, dict[str, Tensor]]:
+    """A matrix whose columns are in groups by chance, and GPTQ's parts of it."""
+    groups = torch.randperm(value.shape[1], generator=torch.Generator().manual_seed(seed)) // 16
+    order = groups.argsort(stable=True)
+    scheme = QuantScheme(Code.INT, 4, (1, 16), torch.float16, ZeroPoint.MID)
+    plain = dataclasses.replace(WeightFormat.INT4_G32.scheme, group_shape=(1, 16))
+    matrix = quantize(value[:, order], plain)
+    assert matrix.scales is not None
+    permuted = dataclasses.replace(
+        matrix,
+        scheme=dataclasses.replace(scheme, has_permutation=True),
+        scales=matrix.scales.half(),
+        permutation=order.int(),
+    )
+    names = ("qweight", "qzeros", "scales", "g_idx")
+    sizes = {"qweight": (value.shape[1] // 8, value.shape[0]), "g_idx": (value.shape[1],)}
+    grid = (value.shape[1] // 16, value.shape[0])
+    sizes |= {"scales": grid, "qzeros": (grid[0], grid[1] // 8)}
+    headers = {
+        name: Header(torch.float16 if name == "scales" else torch.int32, sizes[name])
+        for name in names
+    }
+    format = codec.format_of("w", headers)
+    assert format is not None
+    return permuted, format.encode(Decoded(permuted))
+
+
+@pytest.mark.parametrize("has_one_order", [True, False])
+def test_ordered_columns_stay_packed(has_one_order: bool, dense: Path, tmp_path: Path) -> None:
+    """The C++ kernel runs them where gate and up are ordered alike, as files have them."""
+    codec = codec_for(GPTQ)
+
+    def packed(name: str, value: Tensor) -> tuple[QuantizedMatrix, dict[str, Tensor]]:
+        expert = int(name.split(".experts.")[1].split(".")[0])
+        is_up = name.endswith(("up_proj.weight", "w3.weight")) and not has_one_order
+        return in_another_order(codec, value, 1000 * value.shape[1] + 2 * expert + is_up)
+
+    means = write_with(dense, tmp_path / "packed", codec, GPTQ, packed, is_expert)
+    expected = expected_logits(dense, means)
+    model = mixtura.from_pretrained(tmp_path / "packed", kernel="cpu" if has_one_order else None)
+    given = [module.given for module in model.modules() if isinstance(module, PackedExperts)]
+    for weights in given:
+        assert weights is not None and len(weights.schemes) == 1
+        assert weights.gate_up_proj.scheme.has_permutation
+        assert weights.config.gate_up is (GateUp.STACKED if has_one_order else GateUp.SEPARATE)
+    assert relative(logits_of(model), expected) < 2e-2
+    model = mixtura.from_pretrained(tmp_path / "packed", kernel="torch")
+    assert relative(logits_of(model), expected) < 1e-5
 
 
 def test_formats_are_not_asked_for_again(dense: Path, tmp_path: Path) -> None:

@@ -138,12 +138,17 @@ def reference_dequantize(matrix: QuantizedMatrix) -> list[list[Fraction]]:
             group_rows, group_columns = scheme.group_shape
             group = n // (group_rows or num_rows), k // (group_columns or num_columns)
             scale = Fraction(matrix.scales[group].float().item())
+            if scheme.super_columns is not None:
+                assert matrix.super_scales is not None
+                scale *= Fraction(matrix.super_scales[n, k // scheme.super_columns].item())
             if scheme.zero_point is ZeroPoint.MID:
                 value = (value - 2 ** (scheme.bits - 1)) * scale
             elif matrix.zero_points is None:
                 value = value * scale
             else:
                 zero = Fraction(matrix.zero_points[group].float().item())
+                if matrix.super_minima is not None and scheme.super_columns is not None:
+                    zero *= Fraction(matrix.super_minima[n, k // scheme.super_columns].item())
                 is_minimum = scheme.zero_point is ZeroPoint.MINIMUM
                 value = value * scale - zero if is_minimum else (value - zero) * scale
             if matrix.global_scale is not None:
@@ -173,6 +178,9 @@ def tiny_matrix(scheme: QuantScheme, shape: tuple[int, ...], seed: int) -> Quant
             tensors[name] = order.to(torch.int32)
         elif name == "zero_points":
             tensors[name] = integers(spec.shape, 0, 2**scheme.bits + 1).to(spec.dtypes[-1])
+        elif name == "scales" and scheme.super_columns is not None:
+            low = torch.iinfo(spec.dtypes[0]).min // 2
+            tensors[name] = integers(spec.shape, low, low + 128).to(spec.dtypes[0])
         else:
             scale = 2.0 ** integers(spec.shape, -3, 4)
             if scheme.scale_dtype is not E8M0:
@@ -181,6 +189,7 @@ def tiny_matrix(scheme: QuantScheme, shape: tuple[int, ...], seed: int) -> Quant
     return QuantizedMatrix(scheme, shape, **tensors)
 
 
+SUPER: dict[str, Any] = {"super_columns": 4, "scale_dtype": torch.int8}
 MEANINGS = {
     **{
         f"int{bits}-{zero_point.value}": int_scheme(bits, (1, 4), zero_point, FP16)
@@ -199,6 +208,10 @@ MEANINGS = {
         int_scheme(4, (1, 4), ZeroPoint.MINIMUM), global_scale=GlobalScale.ROW
     ),
     "permuted": dataclasses.replace(int_scheme(4, (1, 4), ZeroPoint.INTEGER), has_permutation=True),
+    "super-block": dataclasses.replace(int_scheme(6, (1, 2)), **SUPER),
+    "super-block-minimum": dataclasses.replace(
+        int_scheme(4, (1, 4), ZeroPoint.MINIMUM), super_columns=8, scale_dtype=torch.uint8
+    ),
     "codebook": QuantScheme(
         Code.CODEBOOK, 3, (1, 4), FP32, codebook=(-8.0, -3.0, -1.0, 0.0, 0.5, 2.0, 5.0, 9.0)
     ),
@@ -732,6 +745,18 @@ CONFIG_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "float-with-zero": (
         lambda: QuantScheme(Code.E2M1, 4, (1, 32), E8M0, ZeroPoint.MID),
         r"zero_point \(mid\) must be none; got code e2m1",
+    ),
+    "super-block-of-float-scales": (
+        lambda: dataclasses.replace(INT4, super_columns=256),
+        r"scale_dtype \(torch.bfloat16\) must be one of uint8, int8",
+    ),
+    "super-block-of-rows": (
+        lambda: dataclasses.replace(int_scheme(4, (2, 4)), **SUPER),
+        r"super_columns \(4\) must be a multiple of the columns of a group .*; got \(2, 4\)",
+    ),
+    "super-block-of-parts": (
+        lambda: dataclasses.replace(int_scheme(4, (1, 3)), **SUPER),
+        r"super_columns \(4\) must be a multiple of the columns of a group .*; got \(1, 3\)",
     ),
     "short-codebook": (
         lambda: QuantScheme(Code.CODEBOOK, 3, (1, 32), FP32, codebook=(0.0, 1.0)),

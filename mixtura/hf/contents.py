@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.matrix import QuantizedMatrix, group_scales
 from mixtura.quant.scheme import ZeroPoint
 
 LOWEST_ZERO = 1
@@ -40,12 +40,13 @@ def zero_scales(matrix: QuantizedMatrix) -> int:
     """How many groups of a matrix or stack have scale 0, and so mean nothing but zeros."""
     if matrix.scales is None:
         return 0
-    return matrix.scales.numel() - int(_as_numbers(matrix.scales).count_nonzero())
+    return matrix.scales.numel() - int(_as_numbers(matrix, matrix.scales).count_nonzero())
 
 
-def _as_numbers(scales: Tensor) -> Tensor:
+def _as_numbers(matrix: QuantizedMatrix, scales: Tensor) -> Tensor:
     """Scales as torch can compare them; e8m0 has no 0, and its code 0, 2 ** -127, counts as one."""
-    return scales.view(torch.uint8) if scales.dtype is torch.float8_e8m0fnu else scales.float()
+    is_e8m0 = scales.dtype is torch.float8_e8m0fnu
+    return scales.view(torch.uint8) if is_e8m0 else group_scales(matrix)
 
 
 def _experts(name: str, matrix: QuantizedMatrix) -> Iterator[tuple[str, QuantizedMatrix]]:
@@ -64,7 +65,7 @@ def _fault(one: QuantizedMatrix) -> str | None:
         return None if one.values.any() else "hold weights; got zeros alone"
     if one.values.numel() > 1 and one.values.min() == one.values.max():
         return "hold weights; got the same code everywhere"
-    if one.scales is not None and not _as_numbers(one.scales).any():
+    if one.scales is not None and not _as_numbers(one, one.scales).any():
         return "have scales that are not zero; got none"
     zeros = one.zero_points if one.scheme.zero_point is ZeroPoint.INTEGER else None
     if zeros is not None and zeros.numel() > 1 and zeros.max() <= LOWEST_ZERO:

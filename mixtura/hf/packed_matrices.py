@@ -27,7 +27,7 @@ from mixtura.parallel.shard import cut_weights, local_experts
 from mixtura.quant.activations import ActivationScheme, StaticInputs
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import QuantizedMatrix, dense, dequantize, stack_experts
-from mixtura.quant.rows import concat_rows, has_own_rows, take_rows
+from mixtura.quant.rows import concat_rows, has_own_rows, have_one_order, take_rows
 from mixtura.types import ExpertWeights
 
 _INPUT_ROLES = {
@@ -195,6 +195,8 @@ class MatrixReader:
                 and config.gate_up is GateUp.STACKED
                 and slots.order is None
                 and not config.has_bias
+                # Kernels gather permuted columns once, for gate and up together.
+                and not (parts[0].scheme.has_permutation and have_one_order(parts))
             )
             if is_apart:
                 config = replace(config, gate_up=GateUp.SEPARATE)
@@ -307,9 +309,8 @@ def _below(parts: Iterable[QuantizedMatrix], dtype: torch.dtype) -> QuantizedMat
     """Stacks below each other; dense where they cannot be one packed matrix."""
     parts = list(parts)
     first = parts[0].scheme
-    if all(part.scheme == first for part in parts) and has_own_rows(first):
-        if first.has_permutation:
-            return dense(torch.cat([dequantize(part, dtype) for part in parts], -2))
+    is_one = all(part.scheme == first for part in parts) and have_one_order(parts)
+    if is_one and has_own_rows(first):
         return concat_rows(parts)
     return dense(torch.cat([dequantize(part, dtype) for part in parts], -2))
 

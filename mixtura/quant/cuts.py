@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import ConfigError
-from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.matrix import SUPER_BLOCKS, QuantizedMatrix
 from mixtura.quant.scheme import Code, GlobalScale
 
 Range = tuple[int, int]
@@ -36,7 +36,7 @@ def cut_rows(matrix: QuantizedMatrix, ranges: Sequence[Range]) -> QuantizedMatri
     parts: dict[str, Any] = dict(matrix.tensors)
     index = _index(ranges, matrix.values)
     parts["values"] = take(matrix.values, -2, index)
-    grids = [name for name in _GRIDS if name in parts]
+    grids = [name for name in (*_GRIDS, *SUPER_BLOCKS) if name in parts]
     if grids and scheme.group_shape[0] is not None:
         size = scheme.group_shape[0]
         _check_ends("rows", matrix, ranges, size, num_rows)
@@ -52,7 +52,8 @@ def cut_columns(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatr
     """Columns (inputs) `start .. stop - 1` of a matrix (N,K) or a stack; a copy.
 
     Raises:
-        ConfigError: a group, a block or a byte of codes would be cut, or columns are permuted.
+        ConfigError: a group, a block, a super-block or a byte of codes would be cut, or columns are
+            permuted.
     """
     scheme, num_columns = matrix.scheme, matrix.shape[-1]
     if scheme.has_permutation:
@@ -64,7 +65,7 @@ def cut_columns(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatr
     ranges = [(start, stop)]
     size = scheme.group_shape[1] if scheme.is_quantized else None
     if size is not None:
-        _check_ends("columns", matrix, ranges, size, num_columns)
+        _check_ends("columns", matrix, ranges, scheme.super_columns or size, num_columns)
     if scheme.code is Code.BLOCKS:
         row_bytes = matrix.values.shape[-1]
         parts["values"] = matrix.values[
@@ -78,10 +79,10 @@ def cut_columns(matrix: QuantizedMatrix, start: int, stop: int) -> QuantizedMatr
         ].contiguous()
     else:
         parts["values"] = matrix.values[..., start:stop].contiguous()
-    if size is not None:
-        for name in _GRIDS:
-            if name in parts:
-                groups = (start // size, -(-stop // size))
+    for names, shared in ((_GRIDS, size), (SUPER_BLOCKS, scheme.super_columns)):
+        for name in names:
+            if shared is not None and name in parts:
+                groups = (start // shared, -(-stop // shared))
                 parts[name] = take(parts[name], -1, _index([groups], matrix.values))
     return replace(matrix, shape=(*matrix.shape[:-1], stop - start), **parts)
 

@@ -21,9 +21,26 @@ from mixtura.quant.scheme import (
     wrong,
 )
 
-__all__ = ["QuantizedMatrix", "dense", "dequantize", "stack_experts"]
+__all__ = [
+    "SUPER_BLOCKS",
+    "QuantizedMatrix",
+    "dense",
+    "dequantize",
+    "group_scales",
+    "stack_experts",
+]
 
-_TENSOR_NAMES = ("values", "scales", "zero_points", "global_scale", "permutation")
+SUPER_BLOCKS = ("super_scales", "super_minima")
+"""Fields of a matrix that have a number for each super-block of a row."""
+
+_TENSOR_NAMES = (
+    "values",
+    "scales",
+    "zero_points",
+    "global_scale",
+    "permutation",
+    *SUPER_BLOCKS,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +56,12 @@ class QuantizedMatrix:
         values: `(L, N, ceil(K * bits / 8))` uint8 codes; for DENSE the `(L, N, K)` weight itself,
             a Parameter too; for BLOCKS the bytes of a row's blocks, `(L, N, bytes)`.
         scales: `(L, GN, GK)` of `scheme.scale_dtype`; negative scales are legal.
-        zero_points: `(L, GN, GK)`, uint8 or int16 for INTEGER, float for MINIMUM.
+        zero_points: `(L, GN, GK)`, uint8 or int16 for INTEGER, float for MINIMUM (uint8 with
+            `super_minima`).
         global_scale: fp32, `(L,)` per MATRIX (`()` for one matrix), `(L, N)` per ROW.
         permutation: `(L, K)` int32; column j of `values` is logical column `permutation[j]`.
+        super_scales, super_minima: `(L, N, ceil(K / super_columns))` fp16, what `scales` and
+            `zero_points` multiply.
 
     Raises:
         ConfigError: a tensor is missing, superfluous, of another shape or dtype than the scheme
@@ -55,6 +75,8 @@ class QuantizedMatrix:
     zero_points: Tensor | None = None
     global_scale: Tensor | None = None
     permutation: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_minima: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) not in (2, 3) or min(self.shape) < 1:
@@ -209,14 +231,29 @@ def dequantize(matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32) -> T
     return weight
 
 
+def group_scales(matrix: QuantizedMatrix) -> Tensor:
+    """The scale of every group in fp32, exact: `scales`, times `super_scales` if there are any."""
+    assert matrix.scales is not None
+    return _of_super_blocks(matrix.scales, matrix.super_scales, matrix.scheme)
+
+
+def _of_super_blocks(grid: Tensor, factors: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """A grid (..., GN, GK) in fp32, times a factor per super-block if there are any."""
+    columns = scheme.group_shape[1]
+    if factors is None or scheme.super_columns is None or columns is None:
+        return grid.float()
+    size = (1, scheme.super_columns // columns)
+    return grid.float() * expand_groups(factors.float(), size, grid.shape)
+
+
 def _dequantize_packed(matrix: QuantizedMatrix) -> Tensor:
     scheme, shape = matrix.scheme, matrix.shape
     if scheme.blocks is not None:
         return decode_rows(BLOCK_CODES[scheme.blocks], matrix.values)
     group_size = scheme.group_size(shape)
 
-    def expanded(grid: Tensor) -> Tensor:
-        return expand_groups(grid.float(), group_size, shape)
+    def expanded(grid: Tensor, factors: Tensor | None = None) -> Tensor:
+        return expand_groups(_of_super_blocks(grid, factors, scheme), group_size, shape)
 
     assert matrix.scales is not None
     codes = unpack_codes(matrix.values, shape[1], scheme.bits)
@@ -228,9 +265,9 @@ def _dequantize_packed(matrix: QuantizedMatrix) -> Tensor:
         weight -= 2 ** (scheme.bits - 1)
     if scheme.zero_point is ZeroPoint.INTEGER and matrix.zero_points is not None:
         weight -= expanded(matrix.zero_points)
-    weight *= expanded(matrix.scales)
+    weight *= expanded(matrix.scales, matrix.super_scales)
     if scheme.zero_point is ZeroPoint.MINIMUM and matrix.zero_points is not None:
-        weight -= expanded(matrix.zero_points)
+        weight -= expanded(matrix.zero_points, matrix.super_minima)
     if matrix.global_scale is not None:
         weight *= matrix.global_scale.reshape(-1, 1)
     if matrix.permutation is not None:

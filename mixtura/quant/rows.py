@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import ConfigError
-from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.matrix import SUPER_BLOCKS, QuantizedMatrix
 from mixtura.quant.scheme import GlobalScale, QuantScheme
 
-_BY_ROW = ("values", "scales", "zero_points")
+_BY_ROW = ("values", "scales", "zero_points", *SUPER_BLOCKS)
 """Tensors with a row for each output, where no rows share scales."""
 
 
@@ -43,7 +43,7 @@ def concat_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """Matrices (N, K) of one scheme below each other; unlike second scales become one for a row.
 
     Raises:
-        ConfigError: the schemes or widths differ, rows share scales, or columns are permuted.
+        ConfigError: the schemes, widths or orders of columns differ, or rows share scales.
     """
     first = matrices[0]
     scheme = first.scheme
@@ -53,21 +53,34 @@ def concat_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
             f"{', '.join(f'{m.shape} {m.scheme}' for m in matrices)}. Keep them apart."
         )
     _check_own_rows(scheme)
-    if scheme.has_permutation:
+    if not have_one_order(matrices):
         raise ConfigError(
-            f"a matrix ({scheme}) must have its columns in order to be part of another; got a "
-            f"permutation. Keep the matrices apart."
+            f"matrices ({scheme}) must have their columns in one order to be one; got permutations "
+            f"that differ. Keep the matrices apart."
         )
     parts: dict[str, Any] = {
         name: torch.cat([_bytes(m.tensors[name]) for m in matrices], -2).view(tensor.dtype)
         for name, tensor in first.tensors.items()
         if name in _BY_ROW
     }
+    if first.permutation is not None:
+        parts["permutation"] = first.permutation
     if scheme.global_scale is not GlobalScale.NONE:
         parts["global_scale"] = torch.cat([_by_row(m) for m in matrices], -1)
         scheme = replace(scheme, global_scale=GlobalScale.ROW)
     shape = (*first.shape[:-2], sum(m.shape[-2] for m in matrices), first.shape[-1])
     return QuantizedMatrix(scheme, shape, **parts)
+
+
+def have_one_order(matrices: Sequence[QuantizedMatrix]) -> bool:
+    """Whether columns of matrices are stored in one order; those without memory count as such."""
+    first = matrices[0].permutation
+    if first is None:
+        return all(matrix.permutation is None for matrix in matrices)
+    others = (matrix.permutation for matrix in matrices)
+    return all(
+        other is not None and (other.is_meta or torch.equal(other, first)) for other in others
+    )
 
 
 def _by_row(matrix: QuantizedMatrix) -> Tensor:

@@ -6,6 +6,10 @@ Every packed scheme is one formula, with `(n, k)` a position and `(gn, gk)` the 
     stored[n, k] = (level[code[n, k]] - zero[n // gn, k // gk]) * scale[n // gn, k // gk] * global
     W[n, permutation[k]] = stored[n, k]          without a permutation: W = stored
 
+Where groups are parts of super-blocks, their scales and minima are whole numbers:
+
+    scale[n, g] = scales[n, g] * super_scale[n, k // super_columns]
+
 There is one packing, that of `quant/packing.py`. Signed integers are stored as
 `q + 2 ** (bits - 1)`. A last group may be shorter than the others: N and K need not be divisible by
 the group.
@@ -41,6 +45,7 @@ __all__ = [
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DENSE_DTYPES = (*_FLOAT_DTYPES, torch.float64)
 SCALE_DTYPES = (*_FLOAT_DTYPES, torch.float8_e4m3fn, torch.float8_e8m0fnu)
+_WHOLE_SCALE_DTYPES = (torch.uint8, torch.int8)
 # int16 because a GPTQ zero point reaches 256 when there are 8 bits.
 _INTEGER_ZERO_DTYPES = (torch.uint8, torch.int16)
 
@@ -136,6 +141,9 @@ class QuantScheme:
         codebook: the `2 ** bits` levels of CODEBOOK, else None.
         values_dtype: dtype of `values`: uint8, or the dtype of the weight for DENSE.
         blocks: the kind of block for BLOCKS, a name in `BLOCK_CODES`, else None.
+        super_columns: columns of a super-block: groups `(1, gk)` in it have uint8 or int8 scales,
+            and uint8 zero points for MINIMUM, that multiply an fp16 scale and an fp16 minimum of
+            the super-block. None where scales are as they are.
 
     Raises:
         ConfigError: the fields do not fit together.
@@ -151,6 +159,7 @@ class QuantScheme:
     codebook: tuple[float, ...] | None = None
     values_dtype: torch.dtype = torch.uint8
     blocks: str | None = None
+    super_columns: int | None = None
 
     def __post_init__(self) -> None:
         if any(size is not None and size < 1 for size in self.group_shape):
@@ -170,7 +179,7 @@ class QuantScheme:
             raise wrong("dtype of a dense matrix", dtype, rule, dtype, "Convert or quantize it.")
         found = [getattr(self, name) for name in self.__dataclass_fields__]
         none = [(None, None), None, ZeroPoint.NONE, GlobalScale.NONE, False, None]
-        if found != [Code.DENSE, 8 * dtype.itemsize, *none, dtype, None]:
+        if found != [Code.DENSE, 8 * dtype.itemsize, *none, dtype, None, None]:
             rule = f"have {8 * dtype.itemsize} bits and describe no scales, zero points or codes"
             raise wrong("dense scheme", dtype, rule, found, "Use QuantScheme.dense(dtype).")
 
@@ -195,8 +204,9 @@ class QuantScheme:
         if self.values_dtype is not torch.uint8:
             remedy = "Pack the codes with pack_codes."
             raise wrong("values_dtype", self.values_dtype, "be torch.uint8", name, remedy)
-        if self.scale_dtype not in SCALE_DTYPES:
-            rule = f"be one of {dtype_names(SCALE_DTYPES)}"
+        scale_dtypes = SCALE_DTYPES if self.super_columns is None else _WHOLE_SCALE_DTYPES
+        if self.scale_dtype not in scale_dtypes:
+            rule = f"be one of {dtype_names(scale_dtypes)}"
             raise wrong("scale_dtype", self.scale_dtype, rule, name, "Convert the scales.")
         if (self.code is Code.INT) == (self.zero_point is ZeroPoint.NONE):
             rule = "say what is subtracted" if self.code is Code.INT else "be none"
@@ -207,6 +217,11 @@ class QuantScheme:
             rule = "hold 2 ** bits levels for code codebook and be None for others"
             got = f"{name}, {self.bits} bits"
             raise wrong("codebook", num_levels, rule, got, "Pass every level of the format.")
+        rows, columns = self.group_shape
+        if self.super_columns and (rows != 1 or not columns or self.super_columns % columns):
+            rule = "be a multiple of the columns of a group of one row"
+            remedy = "Multiply the scales out."
+            raise wrong("super_columns", self.super_columns, rule, self.group_shape, remedy)
 
     @classmethod
     def dense(cls, dtype: torch.dtype) -> QuantScheme:
@@ -283,13 +298,19 @@ class QuantScheme:
         if self.zero_point is ZeroPoint.INTEGER:
             specs["zero_points"] = TensorSpec(grid, _INTEGER_ZERO_DTYPES)
         if self.zero_point is ZeroPoint.MINIMUM:
-            specs["zero_points"] = TensorSpec(grid, _FLOAT_DTYPES)
+            dtypes = _FLOAT_DTYPES if self.super_columns is None else (torch.uint8,)
+            specs["zero_points"] = TensorSpec(grid, dtypes)
         if self.global_scale is GlobalScale.MATRIX:
             specs["global_scale"] = TensorSpec(tuple(stack), (torch.float32,))
         if self.global_scale is GlobalScale.ROW:
             specs["global_scale"] = TensorSpec((*stack, num_rows), (torch.float32,))
         if self.has_permutation:
             specs["permutation"] = TensorSpec((*stack, num_columns), (torch.int32,))
+        if self.super_columns is not None:
+            blocks = (*stack, num_rows, -(-num_columns // self.super_columns))
+            specs["super_scales"] = TensorSpec(blocks, (torch.float16,))
+            if self.zero_point is ZeroPoint.MINIMUM:
+                specs["super_minima"] = TensorSpec(blocks, (torch.float16,))
         return specs
 
     def __str__(self) -> str:
@@ -300,6 +321,8 @@ class QuantScheme:
         rows, columns = ("all" if size is None else size for size in self.group_shape)
         parts = [f"int{self.bits}" if self.code is Code.INT else self.code.value]
         parts += [f"group {rows}x{columns}", f"scale {self.scale_dtype}".replace("torch.", "")]
+        if self.super_columns is not None:
+            parts[-1] += f" of float16 per {self.super_columns}"
         if self.zero_point is not ZeroPoint.NONE:
             parts.append(f"zero point {self.zero_point.value}")
         if self.global_scale is not GlobalScale.NONE:
@@ -323,6 +346,7 @@ def _block_fields(name: str) -> dict[str, Any]:
         "codebook": None,
         "values_dtype": torch.uint8,
         "blocks": name,
+        "super_columns": None,
     }
 
 

@@ -21,6 +21,7 @@ from mixtura.config import (
 from mixtura.errors import InputError
 from mixtura.kernels.contract import STATIC_CODES, ExpertsKernel, in_words
 from mixtura.kernels.cpu.arithmetic import Arithmetic, current_arithmetic, no_arithmetic
+from mixtura.kernels.cpu.conversions import conversion_of
 from mixtura.kernels.cpu.extension import current_path, extension, missing
 from mixtura.kernels.cpu.panels import (
     ROW_DTYPES,
@@ -51,7 +52,7 @@ class PackedLayer:
     Attributes:
         gate_up, down: the projections in panels.
         post_norm: (H,) fp32 or None.
-        template: the weights as they came, each tensor an expanded single element.
+        template: the weights as they came, each matrix an expanded single element.
         handle: the `Layer` of csrc/types.h; it points into the tensors above.
         key: what compiled graphs call it.
     """
@@ -86,8 +87,11 @@ class CpuKernel(ExpertsKernel):
             return reason
         if problem.row_dtype not in ROW_DTYPES:
             return f"computes rows of fp32, fp16 and bf16, not {problem.row_dtype}"
-        if problem.experts.gate_up is GateUp.SEPARATE and len(problem.schemes) > 1:
+        is_apart = problem.experts.gate_up is GateUp.SEPARATE
+        if is_apart and len(problem.schemes) > 1:
             return "reads gate and up of one scheme, and the projections have several"
+        if is_apart and any(scheme.has_permutation for scheme in problem.schemes):
+            return "reads gate and up of one order of columns, and the projections have their own"
         for scheme in problem.schemes:
             reason = unreadable(scheme) or no_arithmetic(scheme, problem.activation_dtype)
             if reason is not None:
@@ -95,15 +99,18 @@ class CpuKernel(ExpertsKernel):
         return None
 
     def how(self, problem: ExpertsProblem) -> str:
-        """The instruction set, and what the products multiply."""
+        """The instruction set, what the products multiply, and codes that become others."""
         activations = dict.fromkeys(
             current_arithmetic(scheme, problem.activation_dtype, rounding).words
             for scheme in problem.schemes
             for rounding in problem.roundings or (None,)
         )
+        found = [conversion_of(scheme) for scheme in problem.schemes]
+        converted = dict.fromkeys(str(conversion) for conversion in found if conversion is not None)
         rounded = in_words(problem.roundings)
-        products = f"{current_path()}, {' and '.join(activations)}"
-        return f"{products} products, {rounded}" if rounded else f"{products} activations"
+        products = " and ".join(activations)
+        multiplied = [f"{products} products", rounded] if rounded else [f"{products} activations"]
+        return ", ".join([current_path(), *multiplied, *converted])
 
     def pack(
         self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
@@ -111,7 +118,7 @@ class CpuKernel(ExpertsKernel):
         """Lay the weights out in panels.
 
         Raises:
-            InputError: a scale, zero point or code is not finite.
+            InputError: a scale, zero point or code is not finite, or a permutation is none.
         """
         return pack_layer(weights, activation_dtype)
 
@@ -122,7 +129,8 @@ class CpuKernel(ExpertsKernel):
     def slots(self, packed: Any) -> dict[str, Tensor] | None:
         """None with stored scales of inputs: whether rows are rounded once is packed too."""
         assert isinstance(packed, PackedLayer)
-        if packed.template.inputs:
+        template = packed.template
+        if template.inputs:
             return None
         projections = {"gate_up": packed.gate_up, "down": packed.down}
         found = {
@@ -130,7 +138,12 @@ class CpuKernel(ExpertsKernel):
             for role, panels in projections.items()
             for name, tensor in panels.tensors.items()
         }
-        return found | packed.template.slot_vectors()
+        if packed.gate_up.order is not None:
+            found["gate_up.order"] = packed.gate_up.order
+        for role, matrix in (("gate_up", template.gate_up_proj), ("down", template.down_proj)):
+            if matrix.permutation is not None:
+                found[f"{role}.stored_permutation"] = matrix.permutation
+        return found | template.slot_vectors()
 
     def run(
         self,
@@ -279,17 +292,21 @@ def pack_layer(
     bias = weights.gate_up_bias
     if bias is not None and config.gate_up is GateUp.INTERLEAVED:
         bias = bias.view(len(bias), -1, 2).mT.flatten(1)
-    gate_up = pack_panels(
-        _parts(weights),
-        arithmetic(weights.gate_up_proj, rounded.gate_up_inputs),
-        bias,
-        rounded.gate_up_inputs,
-    )
     down = pack_panels(
         [Part(weights.down_proj)],
         arithmetic(weights.down_proj, rounded.down_inputs),
         weights.down_bias,
         rounded.down_inputs,
+    )
+    # The down projection's order of columns is that in which the first one makes them.
+    order = weights.down_proj.permutation
+    gate_up = pack_panels(
+        _parts(weights),
+        arithmetic(weights.gate_up_proj, rounded.gate_up_inputs),
+        bias,
+        rounded.gate_up_inputs,
+        permutation=weights.gate_up_proj.permutation,
+        order=None if order is None else order.long(),
     )
     # A copy always: what it is packed from may be freed.
     post_norm = None if weights.post_norm is None else weights.post_norm.detach().clone().float()
@@ -318,7 +335,7 @@ def pack_layer(
 
 
 def _kept_whole_if_small(tensor: Tensor) -> Tensor:
-    """Biases and norms stay as they came; of matrices only the shape is kept."""
+    """Biases, norms and permutations stay as they came; of matrices only the shape is kept."""
     if tensor.dim() < 3:
         return tensor.detach().clone()
     return tensor.new_empty(()).expand(tensor.shape)

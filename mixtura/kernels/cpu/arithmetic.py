@@ -7,6 +7,7 @@ from enum import IntEnum
 import torch
 
 from mixtura.config import ActivationDtype
+from mixtura.kernels.cpu.conversions import as_read, code_name
 from mixtura.kernels.cpu.extension import extension
 from mixtura.quant.activations import ActivationScheme
 from mixtura.quant.scheme import Code, QuantScheme
@@ -27,8 +28,9 @@ class Arithmetic(IntEnum):
 
 def no_arithmetic(scheme: QuantScheme, asked: ActivationDtype | None) -> str | None:
     """Why products with a scheme cannot have the arithmetic asked for, or None."""
-    if asked is ActivationDtype.INT8 and scheme.code is Code.E4M3:
-        return "multiplies int8 activations with integers and e2m1 codes, not with e4m3"
+    if asked is ActivationDtype.INT8 and as_read(scheme).code in (Code.E4M3, Code.CODEBOOK):
+        name = code_name(scheme)
+        return f"multiplies int8 activations with integers and e2m1 codes, not with {name}"
     return None
 
 
@@ -43,18 +45,23 @@ def arithmetic_for(
     """The products' arithmetic.
 
     Dense weights as they are; integers and e2m1 with int8 activations unless bf16 is asked for;
-    e4m3 with bf16, and fp32 wherever the processor has no products of bf16. Activations that are
-    rounded to e4m3 codes need bf16, which holds them all; those of int8 reach -128, and the
-    products of 8-bit codes of AVX2 alone do not.
+    e4m3 with bf16, and fp32 wherever the processor has no products of bf16. The levels of codebooks
+    have more bits than bf16: they are multiplied in fp32. Activations that are rounded to e4m3
+    codes need bf16, which holds them all; those of int8 reach -128, and the products of 8-bit codes
+    of AVX2 alone do not.
     """
+    if not scheme.is_quantized:
+        is_bf16 = scheme.values_dtype is torch.bfloat16
+        return Arithmetic.BF16 if has_bf16 and is_bf16 else Arithmetic.F32
+    read = as_read(scheme)
+    if read.code is Code.CODEBOOK:
+        return Arithmetic.F32
     wide = Arithmetic.BF16 if has_bf16 else Arithmetic.F32
-    if rounding is not None and scheme.is_quantized:
-        is_too_low = scheme.bits == 8 and not takes_int8_min
+    if rounding is not None:
+        is_too_low = read.bits == 8 and not takes_int8_min
         if rounding.code is not Code.INT or is_too_low:
             return wide
-    if not scheme.is_quantized:
-        return wide if scheme.values_dtype is torch.bfloat16 else Arithmetic.F32
-    if scheme.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
+    if read.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
         return wide
     return Arithmetic.INT8
 

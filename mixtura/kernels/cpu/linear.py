@@ -35,7 +35,8 @@ class CpuLinear:
     Attributes:
         panels: values, scales and bias as the kernels read them.
         handle: the `Layer` of csrc/types.h; it points into the panels.
-        matrix: the stack (1, N, K) that was packed, each tensor an expanded single element.
+        matrix: the stack (1, N, K) that was packed, each tensor an expanded single element, but
+            for the permutation.
         key: what graphs of torch.compile call it.
     """
 
@@ -98,11 +99,14 @@ def pack_linear(
         current_arithmetic(matrix.scheme, activation_dtype, rounding),
         None if bias is None else bias.unsqueeze(0),
         None if inputs is None else inputs.mapped(lambda scale: scale.reshape(1)),
+        permutation=stack.permutation,
     )
     handle = extension().linear(panels.handle)
     shapes = {
         name: tensor.new_empty(()).expand(tensor.shape) for name, tensor in stack.tensors.items()
     }
+    if stack.permutation is not None:
+        shapes["permutation"] = panels.tensors["permutation"]
     kept = QuantizedMatrix(stack.scheme, stack.shape, **shapes)
     linear = CpuLinear(panels, handle, kept, _KEYS.new())
     _KEYS.name(linear.key, linear)

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtura.errors import InputError
 from mixtura.kernels.cpu.arithmetic import Arithmetic
+from mixtura.kernels.cpu.checks import check_finite, check_permutation
+from mixtura.kernels.cpu.conversions import as_read, code_name, conversion_of
 from mixtura.kernels.cpu.extension import extension
 from mixtura.kernels.cpu.memory import allocate
 from mixtura.quant.activations import StaticInputs
-from mixtura.quant.matrix import QuantizedMatrix
+from mixtura.quant.matrix import SUPER_BLOCKS, QuantizedMatrix
 from mixtura.quant.scheme import Code, GlobalScale, QuantScheme, ZeroPoint
 
 PANEL = 16
@@ -45,6 +46,7 @@ _CODES = {
     (Code.INT, 4): 4,
     (Code.E2M1, 4): 5,
     (Code.E4M3, 8): 6,
+    (Code.CODEBOOK, 4): 7,
 }
 _BF16_CODE = 2
 
@@ -56,6 +58,7 @@ _KINDS: dict[torch.dtype, int] = {
     torch.float8_e4m3fn: 5,
     torch.uint8: 6,
     torch.int16: 7,
+    torch.int8: 8,
 }
 
 
@@ -72,16 +75,18 @@ def code_number(scheme: QuantScheme) -> int:
 
 def unreadable(scheme: QuantScheme) -> str | None:
     """Why the C++ kernels cannot read a scheme, or None."""
-    if (scheme.code, scheme.bits) not in _CODES:
-        name = f"int{scheme.bits}" if scheme.code is Code.INT else scheme.code.value
-        if scheme.code is Code.DENSE:
-            name = str(scheme.values_dtype).removeprefix("torch.")
-        return f"reads fp32, fp16, bf16, 8- and 4-bit integers, e2m1 and e4m3 codes, not {name}"
-    if scheme.has_permutation:
-        return "reads columns in their own order, and these are permuted"
+    read = as_read(scheme)
+    if (read.code, read.bits) not in _CODES:
+        return (
+            "reads fp32, fp16, bf16, integers, codebooks of 16 levels or of unlike whole numbers, "
+            f"and e2m1, e2m3, e3m2 and e4m3 codes, not {code_name(scheme)}"
+        )
     columns = scheme.group_shape[1]
     if columns is not None and (columns % PANEL or columns > LARGEST_GROUP):
         return f"reads groups of 16, 32, .. {LARGEST_GROUP} columns, and these have {columns}"
+    num_groups = _groups_of_super_block(scheme)
+    if num_groups.bit_count() != 1:
+        return f"reads super-blocks of 1, 2, 4, .. groups, and these have {num_groups}"
     if not scheme.is_quantized or columns is not None:
         return None
     if scheme.global_scale is not GlobalScale.NONE:
@@ -89,6 +94,14 @@ def unreadable(scheme: QuantScheme) -> str | None:
     if scheme.zero_point not in (ZeroPoint.NONE, ZeroPoint.MID):
         return "reads zero points of groups, and these belong to whole outputs"
     return None
+
+
+def _groups_of_super_block(scheme: QuantScheme) -> int:
+    """Groups that share a super-block's scale; 1 where there are no super-blocks."""
+    columns = scheme.group_shape[1]
+    if scheme.super_columns is None or columns is None:
+        return 1
+    return scheme.super_columns // columns
 
 
 @dataclass(frozen=True)
@@ -145,23 +158,34 @@ class Panels:
 
     Attributes:
         tensors: what the kernels read, experts first: `values`, and where there are any `scales`,
-            `zeros` (per group), `row_scale` and `bias` (fp32, per output), `input_scale` (fp32, per
-            expert).
+            `zeros` (per group), `super_scales`, `super_minima` (fp16, per super-block),
+            `row_scale` and `bias` (fp32, per output), `input_scale` (fp32, per expert),
+            `permutation`.
         num_parts: 2 where panels of gates and ups alternate.
         part_rows: outputs of each part.
         handle: the `Matrix` of csrc/types.h; it points into `tensors`.
+        order: (L, part_rows), which outputs of each part come first; None: as they are.
     """
 
     tensors: dict[str, Tensor]
     num_parts: int
     part_rows: int
     handle: Any
+    order: Tensor | None = None
 
     def part(self, name: str, index: int) -> Tensor:
         """Rows of one part of a tensor. -> (L, rows, words or groups)."""
         panels = _bits(_panels_of(self.tensors[name], self.num_parts, index))
         rows = panels.mT.reshape(panels.shape[0], -1, panels.shape[3])
-        return rows[:, : self.part_rows].view(self.tensors[name].dtype)
+        rows = rows[:, : self.part_rows]
+        if self.order is not None:
+            rows = _reordered(rows, self.order.argsort(1))
+        return rows.view(self.tensors[name].dtype)
+
+
+def _reordered(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows (L, n, columns), whatever the dtype, in another order (L, n) in each expert."""
+    return _bits(rows).take_along_dim(order[..., None], 1).view(rows.dtype)
 
 
 def _panels_of(tensor: Tensor, num_parts: int, index: int) -> Tensor:
@@ -180,6 +204,9 @@ def pack_panels(
     arithmetic: Arithmetic,
     bias: Tensor | None = None,
     inputs: StaticInputs | None = None,
+    *,
+    permutation: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Panels:
     """Lay a projection out for the kernels.
 
@@ -188,16 +215,22 @@ def pack_panels(
         arithmetic: of the products.
         bias: (L, parts * rows), the parts' rows one after the other.
         inputs: what rows are rounded to before the products; `arithmetic` must hold its codes.
+        permutation: (L, K) int32, the activation that a column meets, of each expert; None: those
+            are in the columns' order when they come.
+        order: (L, rows) int64, which outputs of each part are to come first.
 
     Raises:
-        InputError: a scale, zero point or e4m3 code is not finite.
+        InputError: a scale, zero point or e4m3 code is not finite, or a permutation is none.
     """
     first = parts[0].matrix
-    scheme, num_columns = first.scheme, first.shape[-1]
+    conversion, num_columns = conversion_of(first.scheme), first.shape[-1]
+    scheme = as_read(first.scheme)
     num_experts, part_rows = first.shape[0], parts[0].num_rows
     for part in parts:
-        _check_finite(part.matrix)
-    layout = _Layout(num_experts, -(-part_rows * len(parts) // (PANEL * QUAD)), len(parts))
+        check_finite(part.matrix)
+        check_permutation(part.matrix)
+    num_quads = -(-part_rows * len(parts) // (PANEL * QUAD))
+    layout = _Layout(num_experts, num_quads, len(parts), order)
     row_bytes = -(-num_columns * scheme.bits // 8)
     num_words = -(-row_bytes // WORD_BYTES)
     shape = (num_experts, layout.num_quads, num_words, QUAD, PANEL)
@@ -205,6 +238,10 @@ def pack_panels(
     for index, part in enumerate(parts):
         for expert in range(num_experts):
             codes = _as_bytes(part.matrix.values[expert][part.rows])
+            if conversion is not None:
+                codes = conversion.apply(codes, num_columns)
+            if order is not None:
+                codes = codes[order[expert]]
             codes = F.pad(codes, (0, num_words * WORD_BYTES - row_bytes))
             layout.put(tensors["values"][expert : expert + 1], index, codes.view(torch.int32)[None])
 
@@ -214,6 +251,8 @@ def pack_panels(
     if bias is not None:
         halves = bias.float().view(num_experts, len(parts), part_rows, 1).unbind(1)
         tensors["bias"] = layout.gathered(halves)
+    if permutation is not None:
+        tensors["permutation"] = permutation.clone(memory_format=torch.contiguous_format)
     if columns is None and arithmetic is Arithmetic.INT8:
         columns = ACTIVATION_GROUP
     scales, zeros = tensors.get("scales"), tensors.get("zeros")
@@ -240,8 +279,13 @@ def pack_panels(
         rounding,
         has_many_scales,
         _address(tensors.get("input_scale")),
+        _groups_of_super_block(scheme).bit_length() - 1,
+        _address(tensors.get("super_scales")),
+        _address(tensors.get("super_minima")),
+        _address(tensors.get("permutation")),
+        scheme.codebook or (),
     )
-    return Panels(tensors, len(parts), part_rows, handle)
+    return Panels(tensors, len(parts), part_rows, handle, order)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -259,6 +303,10 @@ def _pack_scales(
     if parts[0].matrix.zero_points is not None:
         zeros = [part.by_group(_present(part.matrix.zero_points)) for part in parts]
         tensors["zeros"] = layout.gathered(zeros)
+    for name in SUPER_BLOCKS:
+        if name in parts[0].matrix.tensors:
+            grids = [part.by_group(part.matrix.tensors[name]) for part in parts]
+            tensors[name] = layout.gathered(grids)
     if parts[0].matrix.global_scale is not None:
         rows = [
             _present(part.matrix.global_scale)
@@ -281,6 +329,7 @@ class _Layout:
     num_experts: int
     num_quads: int
     num_parts: int
+    order: Tensor | None
 
     @property
     def num_panels(self) -> int:
@@ -300,7 +349,7 @@ class _Layout:
         columns = parts[0].shape[-1]
         into = allocate((self.num_experts, self.num_panels, columns, PANEL), parts[0].dtype)
         for index, rows in enumerate(parts):
-            self.put(into, index, rows)
+            self.put(into, index, rows if self.order is None else _reordered(rows, self.order))
         return into
 
 
@@ -308,9 +357,14 @@ def unpack_part(panels: Panels, part: Part, index: int, into: dict[str, Tensor])
     """Write one part's tensors, by the fields of `QuantizedMatrix`, back into its stack."""
     matrix, scheme = part.matrix, part.matrix.scheme
     codes = _as_bytes(panels.part("values", index))
-    values = into["values"]
-    row_bytes = values.shape[-1] * values.itemsize
-    values[:, part.rows] = _as_bytes(codes[..., :row_bytes]).view(values.dtype)
+    values, num_columns = into["values"], matrix.shape[-1]
+    row_bytes = -(-num_columns * as_read(scheme).bits // 8)
+    conversion = conversion_of(scheme)
+    for expert, rows in enumerate(codes):
+        rows = _as_bytes(rows[..., :row_bytes])
+        if conversion is not None:
+            rows = conversion.undo(rows, num_columns)
+        values[expert, part.rows] = rows.view(values.dtype)
     if not scheme.is_quantized:
         return
     if "scales" in panels.tensors:
@@ -320,33 +374,14 @@ def unpack_part(panels: Panels, part: Part, index: int, into: dict[str, Tensor])
         part.from_rows(rows, into["scales"])
     if matrix.zero_points is not None:
         part.from_rows(panels.part("zeros", index), into["zero_points"])
+    if matrix.permutation is not None:
+        into["permutation"].copy_(matrix.permutation)
+    for name in SUPER_BLOCKS:
+        if name in into:
+            part.from_rows(panels.part(name, index), into[name])
     if matrix.global_scale is not None:
         rows = panels.part("row_scale", index)[..., 0]
         if scheme.global_scale is GlobalScale.ROW:
             into["global_scale"][:, part.rows] = rows
         else:
             into["global_scale"].copy_(rows[:, 0])
-
-
-def _check_finite(matrix: QuantizedMatrix) -> None:
-    """Raise `InputError` unless scales, zero points and e4m3 codes are numbers."""
-    if not matrix.is_quantized:
-        return
-    named = {"scales": matrix.scales, "zero_points": matrix.zero_points}
-    named["global_scale"] = matrix.global_scale
-    for name, tensor in named.items():
-        if tensor is None or not tensor.dtype.is_floating_point:
-            continue
-        bad = (~torch.isfinite(tensor.float())).nonzero()
-        if len(bad):
-            raise InputError(
-                f"{name} ({tuple(bad[0].tolist())}) must be finite; got "
-                f"{tensor.float()[tuple(bad[0])].item()}. Fetch or make the weights again."
-            )
-    if matrix.scheme.code is Code.E4M3:
-        for expert, codes in enumerate(matrix.values):
-            if bool(((codes & 127) == 127).any()):
-                raise InputError(
-                    f"values (expert {expert}) must be numbers; got NaN codes of e4m3. Fetch or "
-                    f"make the weights again."
-                )

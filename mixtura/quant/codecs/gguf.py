@@ -6,16 +6,16 @@ scales of most types become a scheme of ours, exactly:
     type                        code                groups   scales
     Q4_0, Q5_0, Q8_0            int, zero mid       32       fp16
     Q4_1, Q5_1                  int, minimum        32       fp16
-    Q2_K / Q4_K, Q5_K           int, minimum        16 / 32  fp32: fp16 times a 4- or 6-bit number
-    Q3_K, Q6_K                  int, zero mid       16       fp32: fp16 times a 6- or 8-bit number
-    IQ4_NL / IQ4_XS             codebook            32       fp16 / fp32
+    Q2_K / Q4_K, Q5_K           int, minimum        16 / 32  uint8, and fp16 for 256 columns
+    Q3_K, Q6_K                  int, zero mid       16       int8, and fp16 for 256 columns
+    IQ4_NL / IQ4_XS             codebook            32       fp16 / int8, and fp16 for 256 columns
     MXFP4 / NVFP4               e2m1                32 / 16  e8m0 / e4m3, with a scale of the matrix
     TQ1_0, TQ2_0, Q1_0, Q2_0    codebook            a block  fp16
     IQ1_*, IQ2_*, IQ3_*         blocks, unchanged
     F32, F16, BF16, F64         dense
 
-What of a block its codes and scales do not determine (the factors of a product, unused bits) is
-kept as `block_headers`, and only needed to write the file again.
+What of a block its codes and scales do not determine (spare bits, bytes with a twin) is kept as
+`block_headers`, and only needed to write the file again.
 
 Source: ggml; for the companions `.scale` and `.input_scale` of NVFP4 the converter of llama.cpp.
 """
@@ -34,7 +34,7 @@ from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.block_codes import BLOCK_CODES
 from mixtura.quant.codecs.checks import check_positive
 from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
-from mixtura.quant.codecs.gguf_blocks import LAYOUTS, Values, as_bytes, check_finite
+from mixtura.quant.codecs.gguf_blocks import LAYOUTS, Grids, Values, as_bytes, check_finite
 from mixtura.quant.ggml_types import GgmlType
 from mixtura.quant.matrix import QuantizedMatrix, dequantize, stack_experts
 from mixtura.quant.packing import pack_codes, unpack_codes
@@ -152,12 +152,15 @@ class GgufBlocks(MatrixFormat):
         raw = blocks.reshape(-1, self.type.block_bytes)
         found = layout.read(raw)
         rows = shape[0]
+        grids = found.grids.reshaped(rows)
         matrix = QuantizedMatrix(
             layout.scheme,
             shape,
             pack_codes(found.codes.reshape(shape), layout.scheme.bits),
-            found.scales.reshape(rows, -1),
-            None if found.minima is None else found.minima.reshape(rows, -1),
+            grids.scales,
+            grids.minima,
+            super_scales=grids.super_scales,
+            super_minima=grids.super_minima,
         )
         header = layout.header_of(raw)
         return matrix, None if header is None else header.reshape(rows, -1, header.shape[1])
@@ -204,25 +207,24 @@ class GgufBlocks(MatrixFormat):
         rows, columns = matrix.shape
         num_blocks = rows * columns // self.type.block_columns
         assert matrix.scales is not None
-        values = Values(
-            unpack_codes(matrix.values, columns, layout.scheme.bits).reshape(num_blocks, -1),
-            matrix.scales.reshape(num_blocks, -1),
-            None if matrix.zero_points is None else matrix.zero_points.reshape(num_blocks, -1),
-        )
+        grids = Grids(matrix.scales, matrix.zero_points, matrix.super_scales, matrix.super_minima)
+        codes = unpack_codes(matrix.values, columns, layout.scheme.bits)
+        values = Values(codes.reshape(num_blocks, -1), grids.reshaped(num_blocks))
         flat = None if header is None else header.reshape(num_blocks, -1)
         raw = layout.write(values, self.type.block_bytes, flat)
-        if layout.header and not _same(layout.read(raw), values):
-            what = "those of another matrix" if header is not None else "none"
+        if not _same(layout.read(raw), values):
             raise ConfigError(
-                f"{HEADERS} ({self.type.name}) must be those that were read with the matrix; got "
-                f"{what}. Keep Decoded.kept beside the matrix."
+                f"a matrix ({self.type.name}) must hold what its blocks can, and the {HEADERS} "
+                f"that were read with it; got other codes, scales or headers. Keep Decoded.kept "
+                f"beside the matrix."
             )
         return raw.reshape(rows, -1)
 
 
 def _same(left: Values, right: Values) -> bool:
     """Whether blocks hold the same, to the bit."""
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    mine, theirs = (left.codes, *left.grids), (right.codes, *right.grids)
+    pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
     return all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in pairs)
 
 

@@ -14,7 +14,6 @@ Source: the `block_*` structs and `dequantize_row_*` of ggml.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,17 +31,31 @@ _IQ4_LEVELS = (
 )
 _TERNARY_LEVELS = (-1.0, 0.0, 1.0, 2.0)
 _BINARY_LEVELS = (-1.0, 1.0)
+_SUPER_COLUMNS = 256
 
 Span = tuple[int, int]
 """First byte of a block, and the one after the last."""
 
 
-class Values(NamedTuple):
-    """What blocks hold: codes (B, C) uint8, scales (B, S), and minima (B, S) if there are any."""
+class Grids(NamedTuple):
+    """Scales (B, S) of blocks; minima (B, S) and what both multiply (B, 1), if there are any."""
 
-    codes: Tensor
     scales: Tensor
     minima: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_minima: Tensor | None = None
+
+    def reshaped(self, num_rows: int) -> Grids:
+        """The same numbers in so many rows."""
+        more = (None if grid is None else grid.reshape(num_rows, -1) for grid in self[1:])
+        return Grids(self.scales.reshape(num_rows, -1), *more)
+
+
+class Values(NamedTuple):
+    """What blocks hold: codes (B, C) uint8, and scales."""
+
+    codes: Tensor
+    grids: Grids
 
 
 def spread(fields: Tensor, bits: int, width: int) -> Tensor:
@@ -142,6 +155,46 @@ class Trits:
             first += count * (stop - start)
 
 
+class SixBits:
+    """Eight levels of scales and eight of minima in bytes 4 to 15, of Q4_K and Q5_K.
+
+    The first four of both have six bits of a byte; the upper four have a nibble each of the last
+    four bytes, and the two bits that are left of the others.
+    """
+
+    def read(self, raw: Tensor) -> Tensor:
+        """Levels of the scales, then those of the minima, (B, 16)."""
+        first, second, third = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
+        upper = (third & 15) | (first >> 6 << 4)
+        upper_minima = (third >> 4) | (second >> 6 << 4)
+        return torch.cat([first & 63, upper, second & 63, upper_minima], 1)
+
+    def write_(self, raw: Tensor, codes: Tensor) -> None:
+        """Put the levels into blocks."""
+        first, upper, second, upper_minima = codes.chunk(4, 1)
+        raw[:, 4:8] = first | (upper >> 4 << 6)
+        raw[:, 8:12] = second | (upper_minima >> 4 << 6)
+        raw[:, 12:16] = (upper & 15) | (upper_minima & 15) << 4
+
+
+Fields = Plane | Signed | Trits | SixBits
+"""Bits of a block that are whole numbers."""
+
+
+def _read_planes(planes: tuple[Fields, ...], raw: Tensor) -> Tensor:
+    """Codes (B, n) uint8 of all planes together."""
+    codes = planes[0].read(raw)
+    for plane in planes[1:]:
+        codes |= plane.read(raw)
+    return codes
+
+
+def _write_planes_(planes: tuple[Fields, ...], raw: Tensor, codes: Tensor) -> None:
+    """Undo `_read_planes`."""
+    for plane in planes:
+        plane.write_(raw, codes)
+
+
 # ----------------------------------------------------------------------------------------- scales
 
 
@@ -149,16 +202,16 @@ class Scales(ABC):
     """Where the scales of a block lie."""
 
     @abstractmethod
-    def read(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and minima, (B, S).
+    def read(self, raw: Tensor) -> Grids:
+        """The scales.
 
         Raises:
             CheckpointError: one is not a finite number.
         """
 
     @abstractmethod
-    def write_(self, raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
-        """Put scales and minima into blocks, as far as they determine the bytes."""
+    def write_(self, raw: Tensor, grids: Grids) -> None:
+        """Put the scales into blocks, as far as they determine the bytes."""
 
 
 @dataclass(frozen=True)
@@ -168,39 +221,39 @@ class HalfScales(Scales):
     scale: int
     offset: int | None = None
 
-    def read(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, raw: Tensor) -> Grids:
         scales = half(raw, self.scale)
         offsets = None if self.offset is None else half(raw, self.offset)
         check_finite(scales, "scale")
         if offsets is None:
-            return scales, None
+            return Grids(scales)
         check_finite(offsets, "offset")
-        return scales, -offsets
+        return Grids(scales, -offsets)
 
-    def write_(self, raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
-        raw[:, self.scale : self.scale + 2] = as_bytes(scales)
-        if self.offset is not None and minima is not None:
-            raw[:, self.offset : self.offset + 2] = as_bytes(-minima)
+    def write_(self, raw: Tensor, grids: Grids) -> None:
+        raw[:, self.scale : self.scale + 2] = as_bytes(grids.scales)
+        if self.offset is not None and grids.minima is not None:
+            raw[:, self.offset : self.offset + 2] = as_bytes(-grids.minima)
 
 
 @dataclass(frozen=True)
 class PowerScales(Scales):
     """A power of two, e8m0, in the first byte."""
 
-    def read(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, raw: Tensor) -> Grids:
         scales = raw[:, :1].contiguous().view(torch.float8_e8m0fnu)
         check_finite(scales.float(), "scale")
-        return scales, None
+        return Grids(scales)
 
-    def write_(self, raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
-        raw[:, :1] = as_bytes(scales)
+    def write_(self, raw: Tensor, grids: Grids) -> None:
+        raw[:, :1] = as_bytes(grids.scales)
 
 
 @dataclass(frozen=True)
 class Float8Scales(Scales):
     """Unsigned e4m3 in the first four bytes; the sign bit is ignored, and 0x7F is zero."""
 
-    def read(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, raw: Tensor) -> Grids:
         stored = raw[:, :4]
         if bool((stored == 0xFF).any()):
             raise CheckpointError(
@@ -208,39 +261,51 @@ class Float8Scales(Scales):
                 "weights again."
             )
         canonical = torch.where(stored == 0x7F, 0, stored & 0x7F)
-        return canonical.to(torch.uint8).view(torch.float8_e4m3fn), None
+        return Grids(canonical.to(torch.uint8).view(torch.float8_e4m3fn))
 
-    def write_(self, raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
-        raw[:, :4] = as_bytes(scales)
-
-
-Levels = tuple[Tensor, Tensor | None]
-"""Whole numbers (B, S) that multiply a block's scale, and those that multiply its minimum."""
+    def write_(self, raw: Tensor, grids: Grids) -> None:
+        raw[:, :4] = as_bytes(grids.scales)
 
 
 @dataclass(frozen=True)
 class TwoLevelScales(Scales):
-    """Small whole numbers times an fp16 scale (and an fp16 minimum): exact in fp32.
+    """Small whole numbers that multiply an fp16 scale (and an fp16 minimum) of the block.
 
-    A product does not tell its factors.
+    Attributes:
+        planes: where the numbers are; those of minima follow those of scales.
+        scale, minimum: bytes of the fp16 numbers.
+        middle: what is subtracted from numbers that have a sign.
     """
 
-    levels: Callable[[Tensor], Levels]
+    planes: tuple[Fields, ...]
     scale: int
     minimum: int | None = None
+    middle: int | None = None
 
-    def read(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        levels, minimum_levels = self.levels(raw)
-        scales = half(raw, self.scale).float()
+    def read(self, raw: Tensor) -> Grids:
+        levels = _read_planes(self.planes, raw)
+        scales = half(raw, self.scale)
         check_finite(scales, "scale")
-        if minimum_levels is None or self.minimum is None:
-            return scales * levels, None
-        minima = half(raw, self.minimum).float()
+        if self.middle is not None:
+            levels = (levels - self.middle).view(torch.int8)  # modulo 256
+        if self.minimum is None:
+            return Grids(levels, None, scales)
+        minima = half(raw, self.minimum)
         check_finite(minima, "minimum")
-        return scales * levels, minima * minimum_levels
+        scale_levels, minimum_levels = levels.chunk(2, 1)
+        return Grids(scale_levels, minimum_levels, scales, minima)
 
-    def write_(self, raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
-        """Nothing: all of it is in the header."""
+    def write_(self, raw: Tensor, grids: Grids) -> None:
+        assert grids.super_scales is not None
+        raw[:, self.scale : self.scale + 2] = as_bytes(grids.super_scales)
+        levels = grids.scales
+        if self.middle is not None:
+            levels = levels.view(torch.uint8) + self.middle  # modulo 256
+        if self.minimum is not None and grids.minima is not None:
+            assert grids.super_minima is not None
+            raw[:, self.minimum : self.minimum + 2] = as_bytes(grids.super_minima)
+            levels = torch.cat([levels, grids.minima], 1)
+        _write_planes_(self.planes, raw, levels)
 
 
 def check_finite(numbers: Tensor, what: str) -> None:
@@ -254,34 +319,6 @@ def check_finite(numbers: Tensor, what: str) -> None:
         )
 
 
-def _levels_q2(raw: Tensor) -> Levels:
-    return raw[:, 0:16] & 15, raw[:, 0:16] >> 4
-
-
-def _levels_q3(raw: Tensor) -> Levels:
-    low = spread(raw[:, 96:104], 4, 8)  # (B, 16)
-    high = spread(raw[:, 104:108], 2, 4)
-    return (low | (high << 4)).float() - 32, None
-
-
-def _levels_q4(raw: Tensor) -> Levels:
-    """Six bits each, the upper four numbers of both kinds split: nibbles here, two bits there."""
-    first, second, third = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
-    levels = torch.cat([first & 63, (third & 15) | ((first >> 6) << 4)], 1)
-    minima = torch.cat([second & 63, (third >> 4) | ((second >> 6) << 4)], 1)
-    return levels, minima
-
-
-def _levels_q6(raw: Tensor) -> Levels:
-    return raw[:, 192:208].contiguous().view(torch.int8), None
-
-
-def _levels_iq4(raw: Tensor) -> Levels:
-    low = spread(raw[:, 4:8], 4, 1)  # (B, 8)
-    high = spread(raw[:, 2:4], 2, 1)
-    return (low | (high << 4)).float() - 32, None
-
-
 # ---------------------------------------------------------------------------------------- layouts
 
 
@@ -292,14 +329,13 @@ class Layout:
     Attributes:
         scheme: what its codes and scales mean.
         planes: where the codes are. scales: where the scales are.
-        header: bytes that codes and scales do not always determine. needs_header: they never do.
+        header: bytes that codes and scales do not always determine.
     """
 
     scheme: QuantScheme
-    planes: tuple[Plane | Signed | Trits, ...]
+    planes: tuple[Fields, ...]
     scales: Scales
     header: tuple[Span, ...] = ()
-    needs_header: bool = False
 
     def read(self, raw: Tensor) -> Values:
         """Blocks (B, bytes) taken apart.
@@ -307,17 +343,13 @@ class Layout:
         Raises:
             CheckpointError: a scale is not a finite number.
         """
-        codes = self.planes[0].read(raw)
-        for plane in self.planes[1:]:
-            codes |= plane.read(raw)
-        return Values(codes, *self.scales.read(raw))
+        return Values(_read_planes(self.planes, raw), self.scales.read(raw))
 
     def write(self, values: Values, num_bytes: int, header: Tensor | None) -> Tensor:
         """Blocks (B, num_bytes) of these values; `header` is what `header_of` took from others."""
         raw = values.codes.new_zeros((len(values.codes), num_bytes))
-        for plane in self.planes:
-            plane.write_(raw, values.codes)
-        self.scales.write_(raw, values.scales, values.minima)
+        _write_planes_(self.planes, raw, values.codes)
+        self.scales.write_(raw, values.grids)
         if header is not None:
             sizes = [stop - start for start, stop in self.header]
             parts = header.split_with_sizes(sizes, 1)
@@ -329,25 +361,26 @@ class Layout:
         """The bytes (B, n) of `header`, or None where the values alone give these blocks."""
         if not self.header:
             return None
-        if not self.needs_header:
-            again = self.write(self.read(raw), raw.shape[1], None)
-            if torch.equal(again, raw):
-                return None
+        if torch.equal(self.write(self.read(raw), raw.shape[1], None), raw):
+            return None
         return torch.cat([raw[:, start:stop] for start, stop in self.header], 1)
 
 
 def _integers(bits: int, columns: int, zero_point: ZeroPoint, dtype: torch.dtype) -> QuantScheme:
-    return QuantScheme(Code.INT, bits, (1, columns), dtype, zero_point)
+    super_columns = None if dtype.is_floating_point else _SUPER_COLUMNS
+    return QuantScheme(Code.INT, bits, (1, columns), dtype, zero_point, super_columns=super_columns)
 
 
 def _codebook(levels: tuple[float, ...], columns: int, dtype: torch.dtype) -> QuantScheme:
     bits = (len(levels) - 1).bit_length()
-    return QuantScheme(Code.CODEBOOK, bits, (1, columns), dtype, codebook=levels)
+    super_columns = None if dtype.is_floating_point else _SUPER_COLUMNS
+    return QuantScheme(
+        Code.CODEBOOK, bits, (1, columns), dtype, codebook=levels, super_columns=super_columns
+    )
 
 
-_F16, _F32 = torch.float16, torch.float32
+_F16, _U8, _I8 = torch.float16, torch.uint8, torch.int8
 _MID, _MINIMUM = ZeroPoint.MID, ZeroPoint.MINIMUM
-_Q4_K_SCALES = TwoLevelScales(_levels_q4, scale=0, minimum=2)
 
 LAYOUTS: dict[GgmlType, Layout] = {
     GgmlType.Q4_0: Layout(
@@ -368,49 +401,39 @@ LAYOUTS: dict[GgmlType, Layout] = {
     ),
     GgmlType.Q8_0: Layout(_integers(8, 32, _MID, _F16), (Signed((2, 34)),), HalfScales(scale=0)),
     GgmlType.Q2_K: Layout(
-        _integers(2, 16, _MINIMUM, _F32),
+        _integers(2, 16, _MINIMUM, _U8),
         (Plane((16, 80), 2, 32),),
-        TwoLevelScales(_levels_q2, scale=80, minimum=82),
-        ((0, 16), (80, 84)),
-        needs_header=True,
+        TwoLevelScales((Plane((0, 16), 4, 16),), scale=80, minimum=82),
     ),
     GgmlType.Q3_K: Layout(
-        _integers(3, 16, _MID, _F32),
+        _integers(3, 16, _MID, _I8),
         (Plane((32, 96), 2, 32), Plane((0, 32), 1, 32, shift=2)),
-        TwoLevelScales(_levels_q3, scale=108),
-        ((96, 110),),
-        needs_header=True,
+        TwoLevelScales(
+            (Plane((96, 104), 4, 8), Plane((104, 108), 2, 4, shift=4)), scale=108, middle=32
+        ),
     ),
     GgmlType.Q4_K: Layout(
-        _integers(4, 32, _MINIMUM, _F32),
+        _integers(4, 32, _MINIMUM, _U8),
         (Plane((16, 144), 4, 32),),
-        _Q4_K_SCALES,
-        ((0, 16),),
-        needs_header=True,
+        TwoLevelScales((SixBits(),), scale=0, minimum=2),
     ),
     GgmlType.Q5_K: Layout(
-        _integers(5, 32, _MINIMUM, _F32),
+        _integers(5, 32, _MINIMUM, _U8),
         (Plane((48, 176), 4, 32), Plane((16, 48), 1, 32, shift=4)),
-        _Q4_K_SCALES,
-        ((0, 16),),
-        needs_header=True,
+        TwoLevelScales((SixBits(),), scale=0, minimum=2),
     ),
     GgmlType.Q6_K: Layout(
-        _integers(6, 16, _MID, _F32),
+        _integers(6, 16, _MID, _I8),
         (Plane((0, 128), 4, 64), Plane((128, 192), 2, 32, shift=4)),
-        TwoLevelScales(_levels_q6, scale=208),
-        ((192, 210),),
-        needs_header=True,
+        TwoLevelScales((Signed((192, 208)),), scale=208, middle=128),
     ),
     GgmlType.IQ4_NL: Layout(
         _codebook(_IQ4_LEVELS, 32, _F16), (Plane((2, 18), 4, 16),), HalfScales(scale=0)
     ),
     GgmlType.IQ4_XS: Layout(
-        _codebook(_IQ4_LEVELS, 32, _F32),
+        _codebook(_IQ4_LEVELS, 32, _I8),
         (Plane((8, 136), 4, 16),),
-        TwoLevelScales(_levels_iq4, scale=0),
-        ((0, 8),),
-        needs_header=True,
+        TwoLevelScales((Plane((4, 8), 4, 1), Plane((2, 4), 2, 1, shift=4)), scale=0, middle=32),
     ),
     GgmlType.MXFP4: Layout(
         QuantScheme(Code.E2M1, 4, (1, 32), torch.float8_e8m0fnu),
