@@ -60,12 +60,13 @@ def test_more_processes_than_ranks_are_refused():
 
 
 def test_options_of_ranks_need_ranks():
-    assert "--dispatcher and --placement go with --ep" in error_of(
-        run("generate", "Once", "--dispatcher", "all_reduce"), code=2
-    )
-    assert "--dispatcher and --placement go with --ep" in error_of(
-        run("explain", "--placement", "round_robin"), code=2
-    )
+    go_with = "--dispatcher, --placement and --eplb go with --ep"
+    for options in (["--dispatcher", "all_reduce"], ["--eplb"]):
+        assert go_with in error_of(run("generate", "Once", *options), code=2)
+    assert go_with in error_of(run("explain", "--placement", "round_robin"), code=2)
+    for option in ("--redundant", "--eplb-interval"):
+        error = error_of(run("generate", "Once", "--ep", "2", option, "3"), code=2)
+        assert "--redundant and --eplb-interval go with --eplb" in error
 
 
 def over_ranks(work: Callable[[ExpertParallel], Any]) -> list[Any]:

@@ -600,19 +600,20 @@ def run_balanced(
 
 @by_way
 def test_a_skewed_layer_is_balanced_while_it_runs(dispatcher, held):
-    eplb = EplbConfig(interval=4, max_moved_fraction=0.5, min_gain=0.0001)
+    eplb = EplbConfig(interval=4, max_moved_fraction=0.5)
     whole = skewed(moe_config(num_experts=NUM_EXPERTS), hot=1)
     reports = virtual_ranks.run(
         3,
         lambda transport: run_balanced(
-            transport, whole, held, dispatcher, eplb, 16, lambda b: b.report()
+            transport, whole, held, dispatcher, eplb, 24, lambda b: b.report()
         ),
     )
     for report in reports:
-        assert report.num_plans >= 1
-        assert report.balancedness_after > report.balancedness_before
+        assert report.num_plans >= 2
+        assert report.num_refused >= 1  # the last plan found nothing left to gain
+        assert report.balancedness_before > 0.9  # half of all slots are one expert's
         assert report.num_moved == reports[0].num_moved > 0
-        assert report.num_steps >= 16
+        assert report.num_steps >= 24
 
 
 def test_a_plan_that_gains_too_little_is_left_alone():

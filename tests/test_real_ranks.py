@@ -72,6 +72,7 @@ def test_the_same_text_and_the_same_errors(directory):
         "transformers_own_parallelism",
         "the_model_in_the_box",
         "quantized_as_it_is_read",
+        "balanced_experts",
     )
 
 

@@ -11,11 +11,14 @@ import typer
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
 from mixtura.cli.options import Debug, Device, Kernel, Linears, Model, Weights
 from mixtura.cli.ranks import (
+    Balance,
     CutRanks,
     DispatcherOption,
     ExpertRanks,
+    Interval,
     PlacementOption,
     RankOptions,
+    Redundant,
     from_first,
     is_speaker,
     open_ranks,
@@ -74,6 +77,9 @@ def generate(
     tp: CutRanks = None,
     dispatcher: DispatcherOption = None,
     placement: PlacementOption = PlacementStrategy.LINEAR,
+    eplb: Balance = False,
+    redundant: Redundant = None,
+    eplb_interval: Interval = None,
     debug: Debug = False,
 ) -> None:
     """Generate text, and say how fast it came.
@@ -87,7 +93,15 @@ def generate(
             "A prompt is missing. Give one, as in mixtura generate 'Once upon a time', or - for "
             "standard input."
         )
-    spread = RankOptions(ep=ep, tp=tp, dispatcher=dispatcher, placement=placement).config()
+    spread = RankOptions(
+        ep=ep,
+        tp=tp,
+        dispatcher=dispatcher,
+        placement=placement,
+        eplb=eplb,
+        redundant=redundant,
+        interval=eplb_interval,
+    ).config()
     with quiet(debug):
         from mixtura.hf.generate import GenerateOptions
     options = GenerateOptions(
@@ -203,6 +217,9 @@ def print_summary(
         rows["weights"] = formats
     if options.ranks is not None:
         rows["ranks"] = words_of_ranks(options.ranks, model)
+        balance = words_of_balance(model)
+        if balance is not None:
+            rows["balance"] = balance
     for name, value in rows.items():
         print(f"{name:<11}  {value}", file=sys.stderr)
 
@@ -223,6 +240,18 @@ def words_of_ranks(ranks: ExpertParallel, model: PreTrainedModel) -> str:
         f"{ranks.config.num_ranks}, by {' and '.join(sorted(names))}; "
         f"{num_bytes / 2**20:,.1f} MiB of experts on the first"
     )
+
+
+def words_of_balance(model: PreTrainedModel) -> str | None:
+    """What balancing came to; None where the experts are not balanced."""
+    from mixtura.hf.balance import find_balancer
+
+    balancer = find_balancer(model)
+    if balancer is None:
+        return None
+    report = balancer.report()
+    plans = f"{report.num_plans} plans, {report.num_moved} slots moved"
+    return f"{plans}; {report.activity.value}: {report.reason}"
 
 
 def _rate(rate: float | None) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtura.config import DispatcherName, ParallelConfig, PlacementStrategy
+from mixtura.config import DispatcherName, EplbConfig, ParallelConfig, PlacementStrategy
 from mixtura.env import Launch, read_launch
 from mixtura.errors import ParallelError
 
@@ -46,6 +46,22 @@ PlacementOption = Annotated[
 ]
 
 
+Balance = Annotated[
+    bool,
+    typer.Option("--eplb", help="With --ep, move experts between ranks as their load asks for."),
+]
+Redundant = Annotated[
+    int | None,
+    typer.Option(
+        "--redundant", min=0, help="With --eplb, slots for second copies. Default: one a rank."
+    ),
+]
+Interval = Annotated[
+    int | None,
+    typer.Option("--eplb-interval", min=1, help="With --eplb, forwards between plans."),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOptions:
     """What the command line says about ranks."""
@@ -54,6 +70,9 @@ class RankOptions:
     tp: int | None = None
     dispatcher: DispatcherName | None = None
     placement: PlacementStrategy = PlacementStrategy.LINEAR
+    eplb: bool = False
+    redundant: int | None = None
+    interval: int | None = None
 
     def config(self) -> ParallelConfig | None:
         """How the model is spread; None where no ranks are asked for.
@@ -61,17 +80,28 @@ class RankOptions:
         Raises:
             ConfigError: the options contradict each other.
         """
+        if not self.eplb and (self.redundant is not None or self.interval is not None):
+            raise typer.TyperException(
+                "--redundant and --eplb-interval go with --eplb. Give --eplb too."
+            )
         if self.ep is None and self.tp is None:
-            if self.dispatcher is not None or self.placement is not PlacementStrategy.LINEAR:
+            is_placed = self.placement is not PlacementStrategy.LINEAR
+            if self.dispatcher is not None or is_placed or self.eplb:
                 raise typer.TyperException(
-                    "--dispatcher and --placement go with --ep. Give --ep too."
+                    "--dispatcher, --placement and --eplb go with --ep. Give --ep too."
                 )
             return None
+        eplb = None
+        if self.eplb:
+            eplb = EplbConfig() if self.interval is None else EplbConfig(interval=self.interval)
+        redundant = self.redundant if self.redundant is not None else self.ep or 1
         return ParallelConfig(
             ep_size=self.ep or 1,
             tp_size=self.tp or 1,
             dispatcher=self.dispatcher,
             placement=self.placement,
+            eplb=eplb,
+            num_redundant_experts=redundant if eplb is not None else 0,
         )
 
 

@@ -96,6 +96,10 @@ class ExpertBalancer:
         background: a group of the same ranks for weights alone, with `stall_seconds` for its
             timeout; the main one where there is none.
 
+    Attributes:
+        placement: where the experts are. quota: how their replicas share; None is equally.
+        ledger: the loads since the last plan.
+
     Raises:
         ConfigError: a kernel cannot move its experts, the policy is unknown, or ranks would choose
             replicas that their dispatcher cannot have.
@@ -120,10 +124,8 @@ class ExpertBalancer:
         self.placement = placement
         self.background = background if background is not None else ranks.transport
         self.policy = policy_for(config.policy)
-        self.slots = [LayerSlots(layer.slots()) for layer in layers]
-        self.ledger = ExpertLoadLedger(
-            placement.num_layers, placement.num_experts, self.slots[0].device
-        )
+        slots = [LayerSlots(layer.slots()) for layer in layers]
+        self.ledger = ExpertLoadLedger(placement.num_layers, placement.num_experts, slots[0].device)
         is_own = ranks.config.tokens is TokensHeld.OWN
         self.states = [
             EplbLayerState.of(
@@ -140,6 +142,7 @@ class ExpertBalancer:
         self.migration: Migration | None = None
         self._planning: Future[_Plan] | None = None
         self._plan: _Plan | None = None
+        self.quota: ModelQuota | None = None
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="mixtura-eplb")
         self._reason = "no plan was made yet"
         self._is_on = True
@@ -192,8 +195,8 @@ class ExpertBalancer:
         return _Plan(
             new,
             quota,
-            gain=predicted_gain(loads, old, new, quota),
-            before=float(balancedness(loads, old).mean()),
+            gain=predicted_gain(loads, old, new, quota, self.quota),
+            before=float(balancedness(loads, old, self.quota).mean()),
             after=float(balancedness(loads, new, quota).mean()),
         )
 
@@ -232,10 +235,11 @@ class ExpertBalancer:
             self._reason = f"{found}: less than {self.config.min_gain:.1%}, nothing is moved"
             return
         self._reason = found
+        self.quota = plan.quota
         self.migration = Migration(
             self.ranks,
             self.background,
-            self.slots,
+            [LayerSlots(layer.slots()) for layer in self.layers],
             self.placement,
             plan.placement,
             seconds_per_step=self.config.seconds_per_step,
@@ -255,6 +259,10 @@ class ExpertBalancer:
 
     def _move(self, migration: Migration) -> None:
         before = len(migration.journal), migration.num_moved
+        if not migration.is_over:
+            # They lie elsewhere where the model was copied or converted in between.
+            layer = migration.layer
+            migration.layers[layer] = LayerSlots(self.layers[layer].slots())
         migration.step()
         if (len(migration.journal), migration.num_moved) != before:
             self._progress = time.monotonic()

@@ -87,13 +87,14 @@ def predicted_gain(
     old: ModelPlacement,
     new: ModelPlacement,
     quota: ModelQuota | None = None,
+    old_quota: ModelQuota | None = None,
 ) -> float:
     """The fraction of the routed experts' time that the new placement saves; below 0: it loses.
 
     `1 - sum_l max_r new[l, r] / sum_l max_r old[l, r]`: each layer takes as long as its busiest
-    rank. Replicas share equally in the old placement, in the new one as the quota says.
+    rank. Replicas share as their quotas say, equally where there is none.
     """
-    before = mean_and_max(loads, old)[1].sum()
+    before = mean_and_max(loads, old, old_quota)[1].sum()
     after = mean_and_max(loads, new, quota)[1].sum()
     return float(1 - after / before) if before > 0 else 0.0
 

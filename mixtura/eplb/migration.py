@@ -79,7 +79,7 @@ class Migration:
     ) -> None:
         self.ranks = ranks
         self.background = background
-        self.layers = layers
+        self.layers = list(layers)
         self.placements = [old.layer(layer) for layer in range(old.num_layers)]
         self.goals = [new.layer(layer) for layer in range(new.num_layers)]
         self.seconds_per_step = seconds_per_step
@@ -103,6 +103,11 @@ class Migration:
     def is_over(self) -> bool:
         """Whether nothing is left to do."""
         return not self._queue or self.failure is not None
+
+    @property
+    def layer(self) -> int:
+        """The layer that is under way, or comes next."""
+        return self._queue[0][0]
 
     def step(self) -> None:
         """Take in what has arrived, agree with the other ranks, and send what is next.

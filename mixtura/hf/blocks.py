@@ -271,6 +271,9 @@ class FamilyMoEWithExperts(FamilyMoE, AdoptedExperts):
     def run_experts(self, batch: ExpertBatch, *, reduce: bool = True) -> Tensor:
         return self.run_batch(batch, reduce=reduce)
 
+    def slots(self) -> dict[str, Tensor]:
+        return AdoptedExperts.slots(self)
+
 
 class FamilySharedExperts(SharedExperts):
     """A family's shared MLP, adopted."""

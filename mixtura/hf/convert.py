@@ -16,6 +16,7 @@ from mixtura.errors import UnsupportedModel
 from mixtura.experts import ExpertsOptions
 from mixtura.hf.adopt import layer_index
 from mixtura.hf.attention import use_attention
+from mixtura.hf.balance import balance_experts
 from mixtura.hf.blocks import (
     BlockOptions,
     BlockPlan,
@@ -151,6 +152,7 @@ def convert(
     use_attention(model)
     if ranks is not None:
         watch_steps(model, ranks, [*blocks, *experts])
+        balance_experts(model, [*blocks, *experts])
     if left is not None:
         warnings.warn(left, UnconvertedLayerWarning, stacklevel=2)
     return model

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from mixtura.config import ExpertsConfig
 from mixtura.dispatch import Dispatcher, LocalDispatcher
+from mixtura.eplb.state import EplbLayerState, check_choice
 from mixtura.errors import InputError, UnsupportedModel
 from mixtura.experts import ExpertsOptions, PackedExperts, StoredTensor
 from mixtura.experts.storage import Storage, read_weights
@@ -61,10 +62,12 @@ class FamilyExperts(AdoptedExperts):
 
     Attributes:
         dispatcher: where tokens meet their experts.
+        eplb: which replicas are taken, and what is counted; None is no balancing.
     """
 
     config: Any
     dispatcher: Dispatcher = LocalDispatcher()
+    eplb: EplbLayerState | None = None
 
     def adopt(self, *args: Any, **kwargs: Any) -> None:
         super().adopt(*args, **kwargs)
@@ -85,10 +88,16 @@ class FamilyExperts(AdoptedExperts):
         num_rows = None
         if dispatcher.needs_counts:
             num_rows = spread.ranks.clock.current(rows.shape[0]).num_tokens
-        physical_ids = spread.to_physical(batch.local_ids)
+        physical_ids = (self.eplb or spread).to_physical(batch.local_ids)
         arrived = dispatcher.dispatch(rows, physical_ids, batch.topk_weights, num_rows).wait()
         out = self.run_batch(arrived.batch, reduce=not dispatcher.wants_terms)
         return dispatcher.combine(out, arrived.handle).wait().tensor
+
+    def set_layer_state(self, state: EplbLayerState | None) -> None:
+        """As of `FusedMoE`."""
+        if state is not None:
+            check_choice(state, self.dispatcher.name, self.dispatcher.needs_same_replicas)
+        self.eplb = state
 
     @property
     def is_in_use(self) -> bool:

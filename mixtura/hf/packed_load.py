@@ -179,7 +179,8 @@ class PackedLoad:
             CheckpointError: the contents of a matrix are impossible.
         """
         self.checkpoint.mapped.release()
-        self.stream.finish(model)
+        if self.stream.plan.linears:
+            self.stream.finish(model)
         total = self._num_bytes(self.linears.values())
         total += sum(self._local_bytes(module) for module in self.experts.values())
         with read_progress("weights", total) as on_bytes:
