@@ -309,7 +309,8 @@ static void apply_post_norm(const Layer& layer, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] *= scales_first ? factor : factor * layer.post_norm_weight[i];
 }
 
-// The weighted slots of a token, added in slot order; or each by itself.
+// The weighted slots of a token, added in slot order; or each by itself. A term is rounded before it is
+// added, as ranks that add terms of others have them rounded.
 static void combine(const Call& call, int64_t token, Scratch& scratch) {
   const Layer& layer = *call.layer;
   const int64_t y_stride = layer.down.num_panels * kPanel;
@@ -329,7 +330,7 @@ static void combine(const Call& call, int64_t token, Scratch& scratch) {
     const F weight = f_set(call.weight_on_input ? 1.0f : call.weights[slot]);
     if (call.reduce) {
       for (int64_t i = 0; i < padded; i += 16)
-        f_store(scratch.row + i, f_fma(weight, f_load(y + i), f_load(scratch.row + i)));
+        f_store(scratch.row + i, f_add(f_load(scratch.row + i), f_mul(weight, f_load(y + i))));
     } else {
       for (int64_t i = 0; i < padded; i += 16) f_store(y + i, f_mul(weight, f_load(y + i)));
       __builtin_memcpy(out, y, n * 4);

@@ -41,6 +41,7 @@ from torch import Tensor
 from mixtura.bench.cases import Case, find_shape
 from mixtura.bench.weights import LayerWeights, random_batches
 from mixtura.config import ActivationDtype, ExpertsConfig, GateUp, WeightOn
+from mixtura.dispatch.contract import sum_slots
 from mixtura.errors import ConfigError, GradientUnsupported, InputError, NoKernelFits
 from mixtura.experts import ExpertsOptions, RoutedExperts
 from mixtura.kernels import get_kernel, select_kernel
@@ -639,6 +640,14 @@ def test_terms_are_added_in_fp32_in_the_order_of_the_slots(path):
     assert wide.tolist() == [[1.0, 1.0]]
     other = run(packed, ExpertBatch(rows.float(), ids, torch.tensor([[1.0, 1e8, -1e8]])))
     assert other.tolist() == [[0.0, 0.0]]
+
+
+def test_a_sum_is_that_of_its_rounded_terms(path):
+    """Bit for bit: ranks that add terms of each other have them rounded."""
+    config = sizes(5, 72, 40)
+    packed, batch = pack_layer(random_weights(config)), random_batch(config, 30)
+    terms = run(packed, batch, reduce=False)
+    assert torch.equal(run(packed, batch), sum_slots(terms, torch.float32))
 
 
 def test_inputs_need_not_be_contiguous(path):
