@@ -69,9 +69,14 @@ def _no_release(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", INDEX)
 def test_packed_checkpoint_gives_its_producers_logits(name: str, tmp_path: Path) -> None:
-    # With a device map linear layers are dense, and their products exact.
+    # With a device map linear layers are dense, and their products exact; with bf16 activations
+    # stored scales of activations are left alone, as in the producers' dense logits.
     model = mixtura.from_pretrained(
-        checkpoint(name, tmp_path), kernel="torch", device_map="cpu", dtype="float32"
+        checkpoint(name, tmp_path),
+        kernel="torch",
+        device_map="cpu",
+        dtype="float32",
+        activation_dtype="bf16",
     )
     assert_experts_are_packed(model)
     assert relative_error(model, name) < EXACT

@@ -10,11 +10,14 @@ import pytest
 import torch
 import virtual_ranks
 from families import TinyCase, tiny_model
+from tolerances import assert_close
 from torch import Tensor
 
-from mixtura.config import DispatcherName, ParallelConfig, TokensHeld
+from mixtura.config import DispatcherName, EplbConfig, ParallelConfig, TokensHeld
+from mixtura.eplb import Activity
 from mixtura.errors import ConfigError, InputError, ParallelError
 from mixtura.hf import convert
+from mixtura.hf.balance import find_balancer
 from mixtura.hf.blocks import spread_out
 from mixtura.hf.experts import BlockExperts, plan_experts
 from mixtura.hf.parallel import find_ranks, finish_requests
@@ -227,3 +230,33 @@ def test_ranks_that_differ_end_in_an_error_on_all():
 
     for text in virtual_ranks.run(2, work):
         assert "kernel of model.layers.1.mlp of rank 1 (torch) must be that of rank 0" in text
+
+
+def test_a_model_that_is_converted_again_finds_its_experts_where_they_are_now():
+    """They have moved since they were loaded; also with a layer under way."""
+    case = tiny_model("qwen3_moe")
+    expected = case.output(alone(case))
+    models = [copy.deepcopy(case.model) for _ in range(2)]
+    eplb = EplbConfig(interval=1, policy="deepseek", min_gain=0.0, max_moved_fraction=1.0)
+    parallel = ParallelConfig(ep_size=2, num_redundant_experts=2, eplb=eplb)
+
+    def work(transport: Transport) -> int:
+        ranks = ExpertParallel.over(parallel, transport)
+        model = convert(models[transport.rank], kernel="reference", parallel=ranks)
+        moved = 0
+        for _ in range(6):
+            assert_close(case.output(model), expected, torch.float32)
+            balancer = find_balancer(model)
+            assert balancer is not None
+            while balancer.activity is Activity.PLANNING:
+                balancer.step()
+            for _ in range(3):
+                balancer.step()
+            moved += balancer.report().num_moved
+            convert(model, kernel="reference")
+            assert_close(case.output(model), expected, torch.float32)
+        with pytest.raises(ConfigError, match="must not be copied"):
+            copy.deepcopy(model)
+        return moved
+
+    assert min(virtual_ranks.run(2, work)) > 0

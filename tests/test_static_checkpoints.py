@@ -29,7 +29,7 @@ from mixtura.hf.audit import read_ledger
 from mixtura.hf.explain import explain
 from mixtura.hf.ledger import CheckpointWarning
 from mixtura.hf.linears import PackedLinear
-from mixtura.hf.packed_load import PackedLoad, PackedModule
+from mixtura.hf.packed_matrices import MatrixReader, PackedModule
 from mixtura.hf.slots import Slots
 from mixtura.kernels import register_kernel
 from mixtura.kernels.cpu.extension import missing
@@ -263,10 +263,9 @@ class Scales:
 
 
 def inputs_of(checkpoint: Scales, slots: dict[str, Slots], num_experts: int) -> Any:
-    load: Any = PackedLoad.__new__(PackedLoad)
-    load.checkpoint = checkpoint
+    reader = MatrixReader(checkpoint, None, {})  # type: ignore[arg-type]
     plan: Any = SimpleNamespace(config=SimpleNamespace(num_experts=num_experts))
-    return load.reader.inputs(PackedModule("experts", plan, slots))
+    return reader.inputs(PackedModule("experts", plan, slots, {}))
 
 
 def test_gate_and_up_that_are_modules_of_their_own_share_the_larger_scale() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +19,7 @@ from mixtura.cli.ranks import (
     PlacementOption,
     RankOptions,
     Redundant,
+    check_alike,
     from_first,
     is_speaker,
     open_ranks,
@@ -115,6 +116,7 @@ def generate(
         text = prompt if prompt != STDIN else from_first(ranks, read_stdin)
         if temperature > 0:
             options = replace(options, seed=shared_seed(ranks, seed))
+        check_alike(ranks, {"prompt": text, **asdict(options)})
         run(
             LoadOptions(
                 model=model,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,6 +45,9 @@ PlacementOption = Annotated[
     typer.Option("--placement", help="Which rank holds which experts at the start."),
 ]
 
+
+INTERVAL = 32
+"""Forwards between plans: one text has few hundred."""
 
 Balance = Annotated[
     bool,
@@ -93,7 +96,7 @@ class RankOptions:
             return None
         eplb = None
         if self.eplb:
-            eplb = EplbConfig() if self.interval is None else EplbConfig(interval=self.interval)
+            eplb = EplbConfig(interval=self.interval or INTERVAL)
         redundant = self.redundant if self.redundant is not None else self.ep or 1
         return ParallelConfig(
             ep_size=self.ep or 1,
@@ -198,6 +201,14 @@ def from_first(ranks: ExpertParallel | None, make: Callable[[], str]) -> str:
     made = agree(transport, lambda: ({}, make() if transport.rank == 0 else ""))
     found: str = transport.exchange_values(made)[0]
     return found
+
+
+def check_alike(ranks: ExpertParallel | None, values: dict[str, Any]) -> None:
+    """Raise `ParallelError` on all ranks unless they were told the same."""
+    if ranks is not None:
+        from mixtura.parallel import agree
+
+        agree(ranks.transport, lambda: (values, None))
 
 
 def shared_seed(ranks: ExpertParallel | None, seed: int | None) -> int | None:

@@ -92,7 +92,6 @@ class AllToAllDispatcher(Dispatcher):
         self.tp_size = tp_size
         self.wire = wire
         self.wants_terms = wants_terms
-        self._number = 0
 
     def dispatch(
         self,
@@ -159,15 +158,15 @@ class AllToAllDispatcher(Dispatcher):
 
     def _exchange_counts(self, send: Sequence[int]) -> list[int]:
         """Tell every rank how many rows it gets -> how many come from each."""
-        self._number += 1
-        told = torch.tensor([[count, self._number] for count in send], device=self.transport.device)
+        mine = self.transport.next_number()
+        told = torch.tensor([[count, mine] for count in send], device=self.transport.device)
         one_each = [1] * self.transport.size
         heard = self.transport.all_to_all(told, one_each, one_each).wait().tolist()
         for rank, (count, number) in enumerate(heard):
-            if number != self._number or count < 0:
+            if number != mine or count < 0:
                 raise ParallelError(
                     f"rank {rank} must be in the same dispatch as rank {self.transport.rank} "
-                    f"(number {self._number}); got number {number} and {count} rows from it. All "
+                    f"(number {mine}); got number {number} and {count} rows from it. All "
                     f"ranks must run the same layers in the same order."
                 )
         return [count for count, _ in heard]

@@ -7,9 +7,9 @@ that can be read, and experts that stay where they are.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixtura.config import EplbConfig, TokensHeld
 from mixtura.eplb.metrics import balancedness, predicted_gain
-from mixtura.eplb.migration import Migration
+from mixtura.eplb.migration import NOTHING_MOVED, Migration
 from mixtura.eplb.policies import Budget, ModelQuota, plan_quota, policy_for
 from mixtura.eplb.slots import LayerSlots
 from mixtura.eplb.state import EplbLayerState, ExpertLoadLedger
@@ -74,6 +74,29 @@ class BalancerReport:
     balancedness_after: float | None
 
 
+class _Planning:
+    """A plan that is being made, in a thread that does not keep the process from ending."""
+
+    def __init__(self, make: Callable[[], _Plan]) -> None:
+        self.plan: _Plan | None = None
+        self.problem = ""
+        self._thread = threading.Thread(
+            target=self._run, args=(make,), name="mixtura-eplb", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, make: Callable[[], _Plan]) -> None:
+        try:
+            self.plan = make()
+        except Exception as error:  # a policy of anybody's; balancing is not worth the run
+            self.problem = f"{type(error).__name__}: {error}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a plan, or a problem."""
+        return self.plan is not None or bool(self.problem)
+
+
 @dataclass(frozen=True, eq=False)
 class _Plan:
     """A plan that is being weighed."""
@@ -97,7 +120,7 @@ class ExpertBalancer:
             timeout; the main one where there is none.
 
     Attributes:
-        placement: where the experts are. quota: how their replicas share; None is equally.
+        quota: how the experts' replicas share; None is equally.
         ledger: the loads since the last plan.
 
     Raises:
@@ -121,7 +144,8 @@ class ExpertBalancer:
         self.config = config
         self.ranks = ranks
         self.layers = layers
-        self.placement = placement
+        self._placement = placement
+        self._is_own_group = background not in (None, ranks.transport)
         self.background = background if background is not None else ranks.transport
         self.policy = policy_for(config.policy)
         slots = [LayerSlots(layer.slots()) for layer in layers]
@@ -140,10 +164,10 @@ class ExpertBalancer:
         for layer, state in zip(layers, self.states, strict=True):
             layer.set_layer_state(state)
         self.migration: Migration | None = None
-        self._planning: Future[_Plan] | None = None
+        self._last: Migration | None = None
+        self._planning: _Planning | None = None
         self._plan: _Plan | None = None
         self.quota: ModelQuota | None = None
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="mixtura-eplb")
         self._reason = "no plan was made yet"
         self._is_on = True
         self._steps = self._since_plan = 0
@@ -157,6 +181,7 @@ class ExpertBalancer:
             RankLost: a rank is gone, which the next forward would have found too.
         """
         self._steps += 1
+        self._last = None  # a forward has succeeded since
         if not self._is_on:
             return
         if self.migration is not None:
@@ -172,10 +197,46 @@ class ExpertBalancer:
         """Do not wait for the interval to end: the next `step` plans. On every rank alike."""
         self._since_plan = self.config.interval
 
+    @property
+    def placement(self) -> ModelPlacement:
+        """Where the experts are now."""
+        return self._placement if self.migration is None else self.migration.placement()
+
     def close(self) -> None:
-        """Stop balancing; experts stay where they are, and layers find them there."""
-        self._turn_off("it was closed")
-        self._planner.shutdown(wait=False, cancel_futures=True)
+        """Stop balancing, on every rank; experts stay where they are, and layers find them there.
+
+        A layer whose experts are under way stays as it was.
+        """
+        if self.migration is not None:
+            self.migration.abandon()
+            self._placement, self.migration = self.migration.placement(), None
+        self._turn_off("it was closed", logging.INFO)
+        if self._is_own_group:
+            self.background.close()
+
+    def resolve(self, transport: Transport) -> ModelPlacement:
+        """After a loss, among survivors: see that all have the same layers old and new.
+
+        Args:
+            transport: the survivors' new group.
+
+        Returns:
+            Where the experts of every layer are, those of lost ranks included.
+        """
+        last = self.migration or self._last
+        if last is None:
+            transport.exchange(NOTHING_MOVED)
+        else:
+            last.resolve(transport)
+            self._placement, self.migration = last.placement(), None
+        self._turn_off("a rank was lost")
+        return self._placement
+
+    def __deepcopy__(self, memo: object) -> ExpertBalancer:
+        raise ConfigError(
+            "a model whose experts are balanced must not be copied, as the copy would meet the "
+            "same ranks; got a copy of one. Load it twice, or without eplb."
+        )
 
     def _start_planning(self) -> None:
         loads = self.ledger.loads()
@@ -185,7 +246,7 @@ class ExpertBalancer:
             on_device = loads.to(self.ranks.transport.device)
             loads = self.ranks.transport.all_reduce(on_device).wait().cpu()
         self._progress = time.monotonic()
-        self._planning = self._planner.submit(self._make_plan, loads)
+        self._planning = _Planning(lambda: self._make_plan(loads))
 
     def _make_plan(self, loads: Tensor) -> _Plan:
         old, config = self.placement, self.config
@@ -200,18 +261,13 @@ class ExpertBalancer:
             after=float(balancedness(loads, new, quota).mean()),
         )
 
-    def _finish_planning(self, planning: Future[_Plan]) -> None:
+    def _finish_planning(self, planning: _Planning) -> None:
         """Go on when every rank has its plan, and all have the same."""
-        problem, digest, is_worth = "", "", False
-        if planning.done():
-            try:
-                plan = planning.result()
-            except Exception as error:  # a policy of anybody's; balancing is not worth the run
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                digest, is_worth = plan.placement.digest, plan.gain >= self.config.min_gain
+        plan, is_done = planning.plan, planning.is_done
+        digest = "" if plan is None else plan.placement.digest
+        is_worth = plan is not None and plan.gain >= self.config.min_gain
         is_stalled = time.monotonic() - self._progress > self.config.stall_seconds
-        state = [planning.done(), problem, digest, is_worth, is_stalled]
+        state = [is_done, planning.problem if is_done else "", digest, is_worth, is_stalled]
         told = self.ranks.transport.exchange_values(state)
         if any(wrong for _, wrong, *_ in told):
             self._turn_off(f"planning failed: {next(wrong for _, wrong, *_ in told if wrong)}")
@@ -223,7 +279,8 @@ class ExpertBalancer:
             if any(other != state for other in told):
                 self._turn_off("ranks made different plans of the same loads")
             else:
-                self._take_up(planning.result(), is_worth)
+                assert plan is not None
+                self._take_up(plan, is_worth)
 
     def _take_up(self, plan: _Plan, is_worth: bool) -> None:
         found = (
@@ -268,8 +325,8 @@ class ExpertBalancer:
             self._progress = time.monotonic()
         if not migration.is_over:
             return
-        self.migration = None
-        self.placement = migration.placement()
+        self._placement = migration.placement()
+        self._last, self.migration = migration, None
         self._num_moved += migration.num_moved
         self._num_bytes += migration.num_bytes
         self.ledger.reset()
@@ -281,14 +338,19 @@ class ExpertBalancer:
         assert self._plan is not None
         self.states[layer].set_placement_(placement, self._plan.quota.fractions[layer])
 
-    def _turn_off(self, reason: str) -> None:
+    def _turn_off(self, reason: str, level: int = logging.WARNING) -> None:
         """No more plans; what layers hold and their tables agree, and stay as they are."""
         if self._is_on:
-            _LOG.warning("expert load balancing is off: %s", reason)
+            _LOG.log(level, "expert load balancing is off: %s", reason)
         self._is_on = False
         self._reason = reason
         self._planning = None
         self.ledger.record(False)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it counts, plans and moves."""
+        return self._is_on
 
     @property
     def activity(self) -> Activity:

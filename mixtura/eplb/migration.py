@@ -21,6 +21,9 @@ from mixtura.eplb.transfers import Transfer, plan_transfers
 from mixtura.errors import MigrationError, RankLost
 from mixtura.parallel import ExpertParallel, ModelPlacement, Pending, Placement, Transport
 
+NOTHING_MOVED = (-1, 0)
+"""What a rank without a migration says where survivors resolve theirs: no layer, not committed."""
+
 OnCommit = Callable[[int, Placement], None]
 """Called with a layer and its new placement."""
 
@@ -205,6 +208,14 @@ class Migration:
         self._staged = {}
         self._next = 0
         del self._queue[0]
+
+    def abandon(self) -> None:
+        """Go no further, on every rank: take in what is under way, and leave its layer as it is."""
+        if self.is_over:
+            return
+        if self._batch is not None:
+            self._take_in(self.layer)
+        self._abort(self.layer, "it was abandoned")
 
     def resolve(self, transport: Transport) -> None:
         """After a loss, among survivors: finish the layer in doubt where any rank has, else not.

@@ -12,17 +12,15 @@ from mixtura.config import EplbConfig
 from mixtura.eplb import ExpertBalancer
 from mixtura.errors import ConfigError
 from mixtura.hf.experts import FamilyExperts
-from mixtura.hf.parallel import base_of, find_ranks
+from mixtura.hf.parallel import BALANCER, base_of, find_ranks
 from mixtura.layer import FusedMoE
 from mixtura.parallel import ModelPlacement, Spread, TorchTransport, Transport, agree
-
-_ATTRIBUTE = "mixtura_balancer"
 
 
 def find_balancer(model: nn.Module) -> ExpertBalancer | None:
     """The balancer of a model, or None where its experts are not balanced."""
     for module in model.modules():
-        found = getattr(module, _ATTRIBUTE, None)
+        found = getattr(module, BALANCER, None)
         if isinstance(found, ExpertBalancer):
             return found
     return None
@@ -56,23 +54,25 @@ def _start(
     model: PreTrainedModel, paths: list[str], config: EplbConfig, background: Transport
 ) -> ExpertBalancer:
     old = find_balancer(model)
-    if old is not None:
-        old.close()
     layers = {path: spread for path in paths if (spread := spread_of(model, path)) is not None}
     sizes = {(one.placement.num_experts, one.placement.topology) for one in layers.values()}
     if len(sizes) > 1:
         raise ConfigError(
-            f"the MoE layers must have as many experts each to be balanced together; got "
-            f"{sorted(count for count, _ in sizes)}. Turn balancing off."
+            f"the MoE layers must have as many experts on the same slots to be balanced together; "
+            f"got {len(sizes)} ways, of {sorted(count for count, _ in sizes)} experts. Turn "
+            f"balancing off."
         )
     modules: list[Any] = [model.get_submodule(path) for path in layers]
     first = next(iter(layers.values()))
     placement = ModelPlacement.stack([one.placement for one in layers.values()])
+    if old is not None:
+        old.close()
+        placement = old.placement  # experts have moved since they were loaded
     balancer = ExpertBalancer(config, first.ranks, modules, placement, background)
     base: Any = base_of(model, paths)
     if old is None:
         base.register_forward_hook(_after_forward)
-    setattr(base, _ATTRIBUTE, balancer)
+    setattr(base, BALANCER, balancer)
     return balancer
 
 
@@ -85,4 +85,4 @@ def spread_of(model: nn.Module, path: str) -> Spread | None:
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    getattr(module, _ATTRIBUTE).step()
+    getattr(module, BALANCER).step()

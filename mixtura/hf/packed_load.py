@@ -89,7 +89,10 @@ class PackedLoad:
             elif ranks is None:
                 continue
             roles = slots if ranks is None else [role for role in plan.storage if role != NORM]
-            sources = {role: self._sources(path, plan, role) for role in roles}
+            sources = {
+                role: slots[role].all_names() if role in slots else self._sources(path, plan, role)
+                for role in roles
+            }
             spread = None
             if ranks is not None:
                 spread = Spread.of_experts(plan.config, ranks)

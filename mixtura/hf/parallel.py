@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -36,6 +37,10 @@ from mixtura.types import StepContext
 if TYPE_CHECKING:
     from mixtura.hf.blocks import BlockOptions
     from mixtura.hf.stored import StoredCheckpoint
+
+
+BALANCER = "mixtura_balancer"
+"""The attribute of a base model that holds the balancer of its experts."""
 
 
 class Running(TypedDict, total=False):
@@ -124,6 +129,7 @@ def config_values(config: ParallelConfig) -> dict[str, Any]:
         "version of mixtura": _version("mixtura"),
         "version of transformers": _version("transformers"),
         "version of torch": ".".join(torch.__version__.split(".")[:2]),
+        "instructions of the processor": torch.backends.cpu.get_cpu_capability(),
         **asdict(config),
     }
 
@@ -145,9 +151,25 @@ def checkpoint_values(checkpoint: StoredCheckpoint, config: Any) -> dict[str, An
     return {
         "format of the checkpoint": checkpoint.family,
         **{f"bytes of {file.name}": file.stat().st_size for file in checkpoint.files()},
+        **{f"samples of {file.name}": _samples(file) for file in checkpoint.files()},
         "digest of the tensors' headers": _digest(headers),
         "digest of config.json": _digest(settings),
     }
+
+
+NUM_SAMPLES, SAMPLE_BYTES = 16, 4096
+"""Of each file: enough to tell a model from one that was trained further."""
+
+
+def _samples(file: Path) -> str:
+    """A digest of parts of a file, evenly spaced."""
+    digest = hashlib.blake2b(digest_size=8)
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        for number in range(NUM_SAMPLES):
+            opened.seek(max(0, size - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1))
+            digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _digest(value: Any) -> str:
@@ -166,6 +188,7 @@ def layer_values(
         "dtype of the model": str(model.dtype),
         "gate": options.gate.value,
         "deterministic": options.experts.deterministic,
+        "activation_dtype": options.experts.activation_dtype,
         "max_rows_per_pass": options.runner.max_rows_per_pass,
     }
     for path, plan in plans.items():
@@ -265,9 +288,14 @@ def finish_requests(model: PreTrainedModel) -> int:
         return 0
     base = next(module for module in model.modules() if hasattr(module, "mixtura_steps"))
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    balancer = getattr(base, BALANCER, None)
+    if balancer is not None:
+        balancer.ledger.record(False)  # these are nobody's tokens
     count = 0
     while not _run_along(base, token, ranks.clock.step(1, is_done=True)):
         count += 1
+    if balancer is not None:
+        balancer.ledger.record(balancer.is_on)
     return count
 
 

@@ -56,6 +56,7 @@ COLLECTIVES = {
     DispatcherName.ALL_REDUCE: 1,
     DispatcherName.ALL_GATHER: 2,
     DispatcherName.ALL_TO_ALL: 3,
+    DispatcherName.DEEP_EP: 2,
 }
 """Of a layer: gather and scatter; counts, rows out, rows home."""
 

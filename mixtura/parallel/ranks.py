@@ -81,7 +81,9 @@ class ExpertParallel:
                 f"ep_size ({self.config.ep_size}) must be at most the number of experts; got "
                 f"{num_slots}. Use fewer ranks."
             )
-        topology = Topology.even(num_slots, self.config.ep_size, self.num_nodes)
+        topology = Topology.even(
+            num_slots, self.config.ep_size, min(self.num_nodes, self.config.ep_size)
+        )
         if self.config.placement is PlacementStrategy.ROUND_ROBIN:
             return Placement.round_robin(num_experts, topology)
         return Placement.linear(num_experts, topology)

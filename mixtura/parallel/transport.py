@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,15 @@ class Transport(ABC):
     size: int
     generation: int = 0
     device: str = "cpu"
+    _number: int = 0
+
+    def next_number(self) -> int:
+        """Counts up, over all that shares the transport: what tells one exchange from the next."""
+        self._number += 1
+        return self._number
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # a copied layer meets the same ranks
 
     @abstractmethod
     def all_reduce(self, rows: Tensor) -> Pending[Tensor]:
