@@ -226,17 +226,22 @@ class Deadly(Transport):
         inner: what carries the calls.
         kill_at: the point; None: nowhere.
         number: the signal that the process sends itself.
+        points: those of another transport, whose calls count along.
     """
 
     def __init__(
-        self, inner: Transport, kill_at: int | None = None, number: int = signal.SIGKILL
+        self,
+        inner: Transport,
+        kill_at: int | None = None,
+        number: int = signal.SIGKILL,
+        points: list[str] | None = None,
     ) -> None:
         self.inner = inner
         self.rank, self.size = inner.rank, inner.size
         self.generation, self.device = inner.generation, inner.device
         self.kill_at = kill_at
         self.number = number
-        self.points: list[str] = []
+        self.points: list[str] = [] if points is None else points
 
     def reach(self, what: str) -> None:
         """Count one point, and end there if it is the one."""

@@ -23,6 +23,7 @@ from mixtura.parallel import (
     LoneTransport,
     ModelPlacement,
     Placement,
+    Regrouped,
     Topology,
     TorchTransport,
     Transport,
@@ -246,9 +247,10 @@ def go_on(
         check_layer(whole, layer, rank, 3)
     if trouble and rank == 3:
         membership.join = troubled_join(trouble)
-    found = regroup(seat.store, seat.transport, placement, timeout_seconds=seconds)
+    found = regroup(seat.store, seat.transport, timeout_seconds=seconds)
     seat.transport = found.transport
-    whole, again = layer_of(found.transport, way, found.placement)
+    left = found.placement_of(placement)
+    whole, again = layer_of(found.transport, way, left)
     held = layer.experts.expert_weights
     again = FusedMoE(layer.moe_config, weights=held, spread=again.plan.spread, kernel="reference")
     again.load_state_dict(layer.state_dict())
@@ -256,8 +258,8 @@ def go_on(
     return {
         "survivors": list(found.survivors),
         "rank": found.transport.rank,
-        "generation": [found.transport.generation, found.placement.topology.generation],
-        "slots": found.placement.physical_to_logical.tolist(),
+        "generation": [found.transport.generation, left.topology.generation],
+        "slots": left.physical_to_logical.tolist(),
     }
 
 
@@ -323,8 +325,10 @@ def regroup_without_cover(seat: Seat) -> None:
     if seat.transport.rank == 1:
         return
     placement = Placement.linear(6, Topology.even(6, 3))
+    found = regroup(seat.store, seat.transport, timeout_seconds=1.0)
+    seat.transport = found.transport
     with pytest.raises(ExpertsLost, match=r"got none for expert 2, 3 without the ranks \[1\]"):
-        regroup(seat.store, seat.transport, placement, timeout_seconds=1.0)
+        found.placement_of(placement)
 
 
 def test_experts_that_nobody_holds_are_named():
@@ -334,7 +338,7 @@ def test_experts_that_nobody_holds_are_named():
 
 def regroup_without_a_loss(seat: Seat) -> list[int]:
     """All come, so that nobody waits for the time to be over."""
-    found = regroup(seat.store, seat.transport, COVERED, timeout_seconds=30.0)
+    found = regroup(seat.store, seat.transport, timeout_seconds=30.0)
     seat.transport = found.transport
     return list(found.survivors)
 
@@ -351,9 +355,8 @@ def test_a_store_that_is_gone_is_an_error():
         "127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=1)
     )
     del server
-    placement = Placement.linear(2, Topology.even(2, 1))
     with pytest.raises(ParallelError, match=r"the store \(for rank 0 of 1\) must answer"):
-        regroup(client, LoneTransport(), placement, timeout_seconds=1.0)
+        regroup(client, LoneTransport(), timeout_seconds=1.0)
 
 
 @pytest.mark.parametrize("layers", [0, 2])
@@ -361,12 +364,20 @@ def test_what_is_left_of_a_placement(layers):
     topology = Topology((3, 0, 2, 2), (0, 0, 1, 2))
     placement = Placement(torch.tensor([0, 1, 2, 2, 3, 3, 0], dtype=torch.int32), 4, topology, 7)
     whole = ModelPlacement.stack([placement] * layers, 7) if layers else placement
-    left = membership.placement_of(whole, [0, 1, 3], generation=5)
+    left = membership.without_lost(whole, [0, 1, 3], generation=5)
     assert left.physical_to_logical.tolist() == (
         [[0, 1, 2, 3, 0]] * layers if layers else [0, 1, 2, 3, 0]
     )
     assert left.topology == Topology((3, 0, 2), (0, 0, 2), 5)
     assert (left.num_experts, left.version) == (4, 8)
+
+
+def test_a_rank_of_a_placement_is_left_with_all_cuts_of_its_experts():
+    placement = Placement.linear(6, Topology.even(12, 3))
+    found = Regrouped(LoneTransport(), survivors=(0, 1, 4, 5), tp_size=2)
+    left = found.placement_of(placement)
+    assert left.physical_to_logical.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert left.topology.num_ranks == 2
 
 
 def test_missing_experts_are_named_by_layer():
@@ -375,4 +386,4 @@ def test_missing_experts_are_named_by_layer():
     second = Placement(torch.tensor([0, 0, 1, 1], dtype=torch.int32), 2, topology)
     whole = ModelPlacement.stack([first, second, second])
     with pytest.raises(ExpertsLost, match=r"expert 1 of layer 1; 1 of layer 2 without the ranks"):
-        membership.placement_of(whole, [0], generation=1)
+        membership.without_lost(whole, [0], generation=1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixtura.config import EplbConfig, TokensHeld
 from mixtura.eplb.metrics import balancedness, predicted_gain
-from mixtura.eplb.migration import NOTHING_MOVED, Migration
+from mixtura.eplb.migration import LOSS, Migration
 from mixtura.eplb.policies import Budget, ModelQuota, plan_quota, policy_for
 from mixtura.eplb.slots import LayerSlots
 from mixtura.eplb.state import EplbLayerState, ExpertLoadLedger
@@ -164,7 +164,6 @@ class ExpertBalancer:
         for layer, state in zip(layers, self.states, strict=True):
             layer.set_layer_state(state)
         self.migration: Migration | None = None
-        self._last: Migration | None = None
         self._planning: _Planning | None = None
         self._plan: _Plan | None = None
         self.quota: ModelQuota | None = None
@@ -172,16 +171,16 @@ class ExpertBalancer:
         self._is_on = True
         self._steps = self._since_plan = 0
         self._num_plans = self._num_refused = self._num_moved = self._num_bytes = 0
+        self._num_done = 0  # layers, over all migrations
         self._progress = time.monotonic()
 
     def step(self) -> None:
         """After a forward of the model, on every rank: plan, move, or only count.
 
         Raises:
-            RankLost: a rank is gone, which the next forward would have found too.
+            RankLost: a rank is gone, which the next forward would have found too; `resolve`.
         """
         self._steps += 1
-        self._last = None  # a forward has succeeded since
         if not self._is_on:
             return
         if self.migration is not None:
@@ -202,35 +201,38 @@ class ExpertBalancer:
         """Where the experts are now."""
         return self._placement if self.migration is None else self.migration.placement()
 
+    def resolve(self, transport: Transport) -> ModelPlacement:
+        """After a loss, on every survivor: where the experts are, the same on all; balancing ends.
+
+        What layers hold and their tables are of that placement. Its lost ranks are still in it.
+
+        Args:
+            transport: the survivors' new group.
+
+        Raises:
+            RankLost: a further rank is lost; the next group resolves again.
+        """
+        migration = self.migration
+        # One rank may be over with a migration, or have begun one, where another is not so far.
+        num_done = self._num_done + (0 if migration is None else migration.num_done)
+        told = transport.exchange((num_done,))
+        if migration is not None:
+            migration.end(is_behind=num_done < max(done for (done,) in told))
+            self._take_over(migration)
+        self._turn_off(LOSS)
+        return self.placement
+
     def close(self) -> None:
         """Stop balancing, on every rank; experts stay where they are, and layers find them there.
 
         A layer whose experts are under way stays as it was.
         """
+        self._turn_off("it was closed", logging.INFO)
         if self.migration is not None:
             self.migration.abandon()
-            self._placement, self.migration = self.migration.placement(), None
-        self._turn_off("it was closed", logging.INFO)
+            self._take_over(self.migration)
         if self._is_own_group:
             self.background.close()
-
-    def resolve(self, transport: Transport) -> ModelPlacement:
-        """After a loss, among survivors: see that all have the same layers old and new.
-
-        Args:
-            transport: the survivors' new group.
-
-        Returns:
-            Where the experts of every layer are, those of lost ranks included.
-        """
-        last = self.migration or self._last
-        if last is None:
-            transport.exchange(NOTHING_MOVED)
-        else:
-            last.resolve(transport)
-            self._placement, self.migration = last.placement(), None
-        self._turn_off("a rank was lost")
-        return self._placement
 
     def __deepcopy__(self, memo: object) -> ExpertBalancer:
         raise ConfigError(
@@ -323,10 +325,14 @@ class ExpertBalancer:
         migration.step()
         if (len(migration.journal), migration.num_moved) != before:
             self._progress = time.monotonic()
-        if not migration.is_over:
-            return
+        if migration.is_over:
+            self._take_over(migration)
+
+    def _take_over(self, migration: Migration) -> None:
+        """What a migration that is over has come to."""
+        self.migration = None
         self._placement = migration.placement()
-        self._last, self.migration = migration, None
+        self._num_done += migration.num_done
         self._num_moved += migration.num_moved
         self._num_bytes += migration.num_bytes
         self.ledger.reset()

@@ -21,11 +21,11 @@ from mixtura.eplb.transfers import Transfer, plan_transfers
 from mixtura.errors import MigrationError, RankLost
 from mixtura.parallel import ExpertParallel, ModelPlacement, Pending, Placement, Transport
 
-NOTHING_MOVED = (-1, 0)
-"""What a rank without a migration says where survivors resolve theirs: no layer, not committed."""
-
 OnCommit = Callable[[int, Placement], None]
 """Called with a layer and its new placement."""
+
+LOSS = "a rank was lost"
+"""Why a migration ends that its survivors have resolved."""
 
 
 class Phase(StrEnum):
@@ -206,6 +206,7 @@ class Migration:
 
     def _forget(self) -> None:
         self._staged = {}
+        self._batch = None
         self._next = 0
         del self._queue[0]
 
@@ -218,22 +219,32 @@ class Migration:
         self._abort(self.layer, "it was abandoned")
 
     def resolve(self, transport: Transport) -> None:
-        """After a loss, among survivors: finish the layer in doubt where any rank has, else not.
+        """After a loss, among survivors: every layer that any of them has finished, all finish.
+
+        Nothing more is moved, so that `placement` is the same on all of them. Where a further rank
+        is lost in here, the next group of survivors resolves again.
 
         Args:
             transport: the survivors' new group.
+
+        Raises:
+            RankLost: a rank did not take part.
         """
-        last = self.journal[-1] if self.journal else None
-        layer = -1 if last is None else last.layer
-        is_committed = last is not None and last.phase is Phase.COMMITTED
-        is_verified = last is not None and last.phase is Phase.VERIFIED
-        told = transport.exchange((layer, is_committed))
-        must_finish = is_verified and any(other == layer and committed for other, committed in told)
-        if must_finish:
-            self.commit_(layer)
-        elif last is not None and last.phase in (Phase.PREPARED, Phase.VERIFIED):
-            self._abort(layer, "a rank was lost")
-        self.failure = self.failure or "a rank was lost"
+        told = transport.exchange((self.num_done,))
+        self.end(is_behind=self.num_done < max(done for (done,) in told))
+
+    def end(self, *, is_behind: bool) -> None:
+        """Finish the layer that another rank has finished, if this one is behind; no more."""
+        # Nobody is ahead by two layers, nor commits one before all have verified it.
+        if is_behind:
+            self.commit_(self.layer)
+        if not self.is_over:
+            self._abort(self.layer, LOSS)
+
+    @property
+    def num_done(self) -> int:
+        """Layers that are new."""
+        return sum(entry.phase is Phase.COMMITTED for entry in self.journal)
 
     def placement(self) -> ModelPlacement:
         """Where the experts of every layer are now."""

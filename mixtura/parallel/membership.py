@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -30,29 +30,34 @@ FORMED, FAILED = "formed", "failed"
 
 
 @dataclass(frozen=True, slots=True)
-class Regrouped(Generic[PlacementT]):
+class Regrouped:
     """What the survivors go on with.
 
     Attributes:
         transport: their group, of a new generation.
         survivors: their ranks in the group that was, ascending: the new rank is the place here.
-        placement: the slots that are left, as they were.
+        tp_size: consecutive ranks that hold cuts of the same experts.
     """
 
-    transport: TorchTransport
+    transport: Transport
     survivors: tuple[int, ...]
-    placement: PlacementT
+    tp_size: int
+
+    def placement_of(self, placement: PlacementT) -> PlacementT:
+        """The placement without the slots of lost ranks; the other slots keep their experts.
+
+        Args:
+            placement: over the group that was, the same on every survivor.
+
+        Raises:
+            ExpertsLost: nobody has a copy of some experts; the message names them.
+        """
+        left = tuple(dict.fromkeys(rank // self.tp_size for rank in self.survivors))
+        return without_lost(placement, left, self.transport.generation)
 
 
-def regroup(
-    store: Store,
-    old: Transport,
-    placement: PlacementT,
-    *,
-    timeout_seconds: float,
-    tp_size: int = 1,
-) -> Regrouped[PlacementT]:
-    """Form a group of the ranks that are left, and drop the slots of those that are not.
+def regroup(store: Store, old: Transport, *, timeout_seconds: float, tp_size: int = 1) -> Regrouped:
+    """Form a group of the ranks that are left.
 
     Called by every survivor after `RankLost`. The old group is left, and with it every process
     group of torch.distributed in this process, as all of them are over lost ranks. Where a rank is
@@ -61,14 +66,12 @@ def regroup(
     Args:
         store: reached by all ranks, and living in none of them.
         old: the group that was; its rank, size and generation count, and it is closed.
-        placement: where the experts were.
         timeout_seconds: how long to wait for survivors, which notice the loss one after the other,
             each within the old group's timeout; then how long an exchange of the new group waits.
         tp_size: consecutive ranks that hold cuts of the same experts; where one of them is lost,
             the others are of no use.
 
     Raises:
-        ExpertsLost: nobody has a copy of some experts.
         RankLost: this rank came too late, or lost the other cuts of its experts.
         ParallelError: the store does not answer.
     """
@@ -85,12 +88,10 @@ def regroup(
                     f"{list(members)} of {old.size}, with tp_size {tp_size}. End this rank, or "
                     f"restart from the checkpoint: the others go on without it."
                 )
-            groups = tuple(dict.fromkeys(rank // tp_size for rank in survivors))
-            left = placement_of(placement, groups, generation)
             place = (survivors.index(old.rank), len(survivors))
             transport = _form(names, store, place, generation, timeout_seconds)
             if transport is not None:
-                return Regrouped(transport, survivors, left)
+                return Regrouped(transport, survivors, tp_size)
     except RuntimeError as error:
         raise ParallelError(
             f"the store (for rank {old.rank} of {old.size}) must answer; got: "
@@ -117,7 +118,7 @@ def in_whole_groups(ranks: Collection[int], tp_size: int) -> tuple[int, ...]:
     return tuple(rank for rank in sorted(present) if is_whole(rank))
 
 
-def placement_of(placement: PlacementT, survivors: Collection[int], generation: int) -> PlacementT:
+def without_lost(placement: PlacementT, survivors: Collection[int], generation: int) -> PlacementT:
     """The placement without the slots of ranks that are lost; the other slots keep their experts.
 
     Args:
