@@ -2,6 +2,7 @@
 
 from mixtura.parallel.consistency import agree, check_consistent
 from mixtura.parallel.membership import Regrouped, regroup
+from mixtura.parallel.mesh import transport_over
 from mixtura.parallel.placement import ExpertMap, ModelPlacement, Move, Placement
 from mixtura.parallel.ranks import ExpertParallel, Spread
 from mixtura.parallel.step import StepClock
@@ -38,4 +39,5 @@ __all__ = [
     "check_consistent",
     "join",
     "regroup",
+    "transport_over",
 ]
