@@ -688,3 +688,9 @@ def test_sizes_have_three_digits(num_bytes: int, said: str) -> None:
 )
 def test_rules_in_words(rule: dict[str, Any], words: str) -> None:
     assert in_words(RoutingConfig(num_experts=8, top_k=2, **rule)) == words
+
+
+def test_explain_says_of_a_path_where_nothing_is_that_there_is_no_directory():
+    result = run("explain", "--model", "/none/such")
+    assert result.exit_code == 1
+    assert "the model (/none/such) must be a directory with config.json" in result.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -57,7 +58,10 @@ def local_directory(model: str | Path) -> Path | None:
     directory = Path(model)
     is_cached = not directory.is_dir()
     if is_cached:
-        config = try_to_load_from_cache(str(model), "config.json")
+        try:
+            config = try_to_load_from_cache(str(model), "config.json")
+        except HFValidationError:
+            return None  # a path, where nothing is
         if not isinstance(config, str):
             return None
         directory = Path(config).parent
