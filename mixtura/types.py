@@ -344,10 +344,10 @@ def scheme_in_words(schemes: Sequence[QuantScheme]) -> str:
     return " and ".join(dict.fromkeys(names))
 
 
-def split_evenly(count: int, parts: int) -> tuple[int, ...]:
+def even_bounds(count: int, parts: int) -> tuple[int, ...]:
     """Bounds of `parts` consecutive parts of `count` things, as even as can be: parts + 1 numbers.
 
-    >>> split_evenly(7, 3)
+    >>> even_bounds(7, 3)
     (0, 2, 4, 7)
     """
     return tuple(count * part // parts for part in range(parts + 1))

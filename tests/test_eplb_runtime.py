@@ -32,7 +32,7 @@ from mixtura.config import (
 )
 from mixtura.eplb.balancer import Activity, ExpertBalancer
 from mixtura.eplb.migration import Migration, Phase
-from mixtura.eplb.slots import LayerSlots, fingerprint
+from mixtura.eplb.records import LayerSlots, fingerprint
 from mixtura.eplb.state import EplbLayerState, ExpertLoadLedger
 from mixtura.eplb.transfers import plan_transfers
 from mixtura.errors import ConfigError, InputError, MigrationError, NoKernelFits, RankLost

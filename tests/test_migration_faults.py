@@ -18,7 +18,7 @@ from tolerances import assert_close
 from mixtura.config import DispatcherName, EplbConfig, ParallelConfig, TokensHeld
 from mixtura.eplb.balancer import Activity, ExpertBalancer
 from mixtura.eplb.migration import Migration, Phase
-from mixtura.eplb.slots import LayerSlots
+from mixtura.eplb.records import LayerSlots
 from mixtura.eplb.state import EplbLayerState, ExpertLoadLedger
 from mixtura.errors import RankLost
 from mixtura.layer import FusedMoE

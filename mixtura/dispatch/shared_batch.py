@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixtura.dispatch.contract import Dispatched, Dispatcher
 from mixtura.parallel.transport import Pending, Then, Transport
-from mixtura.types import Full, split_evenly
+from mixtura.types import Full, even_bounds
 
 
 class SharedBatchDispatcher(Dispatcher):
@@ -41,7 +41,7 @@ class SharedBatchDispatcher(Dispatcher):
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
     ) -> Pending[Dispatched]:
-        bounds = split_evenly(hidden_states.shape[0], self.transport.size)
+        bounds = even_bounds(hidden_states.shape[0], self.transport.size)
         counts = tuple(stop - start for start, stop in pairwise(bounds))
         start, stop = bounds[self.transport.rank : self.transport.rank + 2]
         part = slice(start, stop)

@@ -21,7 +21,7 @@ from mixtura.config import EplbConfig, TokensHeld
 from mixtura.eplb.metrics import balancedness, predicted_gain
 from mixtura.eplb.migration import LOSS, Migration
 from mixtura.eplb.policies import Budget, ModelQuota, plan_quota, policy_for
-from mixtura.eplb.slots import LayerSlots
+from mixtura.eplb.records import LayerSlots
 from mixtura.eplb.state import EplbLayerState, ExpertLoadLedger
 from mixtura.errors import ConfigError
 from mixtura.parallel import ExpertParallel, ModelPlacement, Placement, Transport

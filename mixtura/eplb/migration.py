@@ -16,7 +16,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from mixtura.eplb.slots import LayerSlots
+from mixtura.eplb.records import LayerSlots
 from mixtura.eplb.transfers import Transfer, plan_transfers
 from mixtura.errors import MigrationError, RankLost
 from mixtura.parallel import ExpertParallel, ModelPlacement, Pending, Placement, Transport

@@ -12,7 +12,7 @@ from mixtura.config import SharedExpertsConfig, SharedExpertsOrder
 from mixtura.kernels.contract import sum_dtype
 from mixtura.kernels.reference.activation import activate
 from mixtura.kernels.reference.linear import linear_by_row
-from mixtura.types import split_evenly
+from mixtura.types import even_bounds
 
 
 def shared_experts_order(
@@ -151,7 +151,7 @@ class SharedExperts(nn.Module):
         self, hidden_states: Tensor, gate_weight: Tensor | None, part: int, parts: int
     ) -> Tensor:
         """What one of `parts` cuts of the width adds to the output: (T,H) -> (T,H)."""
-        bounds = split_evenly(self.shared_config.intermediate_size, parts)
+        bounds = even_bounds(self.shared_config.intermediate_size, parts)
         cut = slice(bounds[part], bounds[part + 1])
 
         def cut_rows(linear: nn.Linear) -> Tensor:

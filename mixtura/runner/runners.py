@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixtura.config import RunnerConfig, require_positive
 from mixtura.runner.schedule import LayerOutput, LayerParts, one_batch, run_in_turn, run_to_end
-from mixtura.types import Routing, StepContext, TokenInputs, split_evenly
+from mixtura.types import Routing, StepContext, TokenInputs, even_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ChunkingMoERunner(MoERunner):
     def run(self, layer: LayerParts, hidden_states: Tensor, tokens: TokenInputs) -> LayerOutput:
         step = layer.step(hidden_states.shape[0]) if layer.dispatcher.is_remote else None
         most = max(step.num_tokens) if step is not None else hidden_states.shape[0]
-        return join(
+        return joined(
             [
                 run_to_end(one_batch(layer, part.hidden_states, part.tokens, part.num_rows))
                 for part in in_parts(hidden_states, tokens, self.num_passes(most), step)
@@ -94,17 +94,17 @@ class OverlappedMoERunner(MoERunner):
             for part in in_parts(hidden_states, tokens, count, step)
         ]
         if not step.is_overlapped:
-            return join([run_to_end(schedule) for schedule in schedules])
+            return joined([run_to_end(schedule) for schedule in schedules])
         pairs = zip(schedules[::2], schedules[1::2], strict=True)
-        return join([output for pair in pairs for output in run_in_turn(pair)])
+        return joined([output for pair in pairs for output in run_in_turn(pair)])
 
 
 def in_parts(
     hidden_states: Tensor, tokens: TokenInputs, count: int, step: StepContext | None
 ) -> list[Part]:
     """Cut a rank's tokens in `count` parts, as every other rank cuts its own."""
-    bounds = split_evenly(hidden_states.shape[0], count)
-    others = [split_evenly(size, count) for size in step.num_tokens] if step is not None else []
+    bounds = even_bounds(hidden_states.shape[0], count)
+    others = [even_bounds(size, count) for size in step.num_tokens] if step is not None else []
     return [
         Part(
             hidden_states[bounds[n] : bounds[n + 1]],
@@ -115,7 +115,7 @@ def in_parts(
     ]
 
 
-def join(outputs: Sequence[LayerOutput]) -> LayerOutput:
+def joined(outputs: Sequence[LayerOutput]) -> LayerOutput:
     """The outputs of consecutive parts as one."""
     if len(outputs) == 1:
         return outputs[0]
