@@ -96,6 +96,49 @@ class Bypass:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiling:
+    """How sorted slots are cut in tiles, each of one expert.
+
+    Attributes:
+        rows: of a full tile, a power of two.
+        tail_rows: what an expert has left behind its full tiles is a tail where it is at most so
+            many rows, and else a tile that is not full; 0: there are no tails.
+    """
+
+    rows: int
+    tail_rows: int = 0
+
+    def max_tiles(self, num_slots: int, num_experts: int) -> tuple[int, int]:
+        """Tiles and tails that any choice of experts can make: known without looking at it."""
+        rest = min(num_slots, num_experts)
+        return num_slots // self.rows + rest, rest if self.tail_rows else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOrder:
+    """The slots of a batch sorted by expert and cut in tiles, made where the ids are.
+
+    Attributes:
+        ids: (M, K) int32, the very tensor that was sorted; -1 is no expert.
+        sort_order: (N,) int32, N = M * K: row r of the sorted slots is flat slot `sort_order[r]`,
+            of token `sort_order[r] // K`; an expert's are in rising order. Behind the last
+            expert's row nothing is said.
+        expert_offsets: (L + 1,) int32, first row of every expert, and the number of rows.
+        tiles: (max_tiles + max_tails, 4) int32 of `Tiling.max_tiles`: expert, first row, number of
+            rows, 0; tails start at row max_tiles.
+        num_tiles: (2,) int32, tiles and tails that there are.
+        tiling: how they were cut.
+    """
+
+    ids: Tensor
+    sort_order: Tensor
+    expert_offsets: Tensor
+    tiles: Tensor
+    num_tiles: Tensor
+    tiling: Tiling
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """Which experts a token visits and with what weight.
 
@@ -104,12 +147,14 @@ class Routing:
         topk_weights: (T, K) fp32; 0 where the id is -1.
         bypass: what no-compute experts add, or None.
         router_logits: (T, num_logits) that the choice was made from, where a layer made it.
+        order: the slots sorted by expert, where the router has done so along with the choice.
     """
 
     topk_ids: Tensor
     topk_weights: Tensor
     bypass: Bypass | None = None
     router_logits: Tensor | None = None
+    order: ExpertOrder | None = None
 
     @staticmethod
     def concatenate(parts: Sequence[Routing]) -> Routing:
@@ -130,11 +175,14 @@ class ExpertBatch:
         hidden_states: (M, H).
         local_ids: (M, K) int32 slots on this rank; -1 is not here, or no expert.
         topk_weights: (M, K) fp32.
+        order: the slots sorted, where whoever chose the ids has done so; it holds only while
+            `order.ids is local_ids`.
     """
 
     hidden_states: Tensor
     local_ids: Tensor
     topk_weights: Tensor
+    order: ExpertOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
