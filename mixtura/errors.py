@@ -46,6 +46,10 @@ class MissingDependency(MixturaError, ImportError):
     """An optional package is not installed, or not in a supported version."""
 
 
+class DeviceMemoryError(MixturaError):
+    """A buffer of a call does not fit in the device's memory; the message names it and its size."""
+
+
 class ParallelError(MixturaError):
     """Ranks disagree about what they run, or a group of them cannot be formed."""
 

@@ -31,8 +31,15 @@ def _cpu() -> ExpertsKernel:
     return CpuKernel()
 
 
+def _triton() -> ExpertsKernel:
+    from mixtura.kernels.triton import TritonKernel
+
+    return TritonKernel()
+
+
 _LOADERS: dict[str, Callable[[], ExpertsKernel]] = {
     "cpu": _cpu,
+    "triton": _triton,
     "torch": _torch,
     "reference": _reference,
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixtura.config import MoEConfig, SharedExpertsOrder
 from mixtura.dispatch import Dispatcher
 from mixtura.experts import SharedTask, shared_experts_order
+from mixtura.kernels.bypass import add_bypass
 from mixtura.types import ExpertBatch, Partial, Routing, StepContext, TokenInputs
 
 
@@ -113,7 +114,7 @@ def one_batch(
     yield None
     out = combined.wait().tensor
     if routing.bypass is not None:
-        out = routing.bypass.apply(out, expert_input)
+        out = add_bypass(routing.bypass, out, expert_input)
     out = layer.leave_experts(out)
     if shared is None:
         yield LayerOutput(out, routing)

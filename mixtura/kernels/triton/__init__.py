@@ -1,0 +1,70 @@
+"""Our kernels for GPUs: a small set for any number of rows, without configuration files.
+
+See docs/gpu.md. Nothing here imports Triton until experts run on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
+from mixtura.kernels.contract import ExpertsKernel
+from mixtura.kernels.triton.device import missing
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+
+ROW_DTYPES = (torch.bfloat16, torch.float16)
+
+MAX_POST_NORM_SIZE = 16384
+"""Columns that one program can hold at once."""
+
+
+class TritonKernel(ExpertsKernel):
+    """Dense bf16 and fp16 experts on a GPU; the weights stay as they are stored."""
+
+    name: ClassVar[str] = "triton"
+    devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
+    shares_memory: ClassVar[bool] = True
+
+    def cannot_run(self, problem: ExpertsProblem) -> str | None:
+        reason = missing()
+        if reason is not None:
+            return reason
+        if not problem.is_dense:
+            return f"reads dense weights, not the scheme {problem.scheme}"
+        if problem.row_dtype not in ROW_DTYPES:
+            return f"computes rows of bf16 and fp16, not {problem.row_dtype}"
+        if problem.weight_dtype is not problem.row_dtype:
+            return f"reads weights of the rows' dtype, and they are {problem.weight_dtype}"
+        config = problem.experts
+        if config.post_norm is not None and config.hidden_size > MAX_POST_NORM_SIZE:
+            return f"norms rows of up to {MAX_POST_NORM_SIZE} columns, not {config.hidden_size}"
+        return None
+
+    def pack(
+        self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
+    ) -> ExpertWeights:
+        return weights
+
+    def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
+        assert isinstance(packed, ExpertWeights)
+        return packed
+
+    def slots(self, packed: Any) -> dict[str, Tensor]:
+        assert isinstance(packed, ExpertWeights)
+        return packed.slots()
+
+    def run(
+        self,
+        packed: Any,
+        batch: ExpertBatch,
+        *,
+        weight_on: WeightOn = WeightOn.OUTPUT,
+        reduce: bool = True,
+    ) -> Tensor:
+        from mixtura.kernels.triton.operator import run_experts
+
+        assert isinstance(packed, ExpertWeights)
+        return run_experts(packed, batch, weight_on, reduce)

@@ -24,14 +24,14 @@ At twice as many, reading a bf16 expert takes as long as its products (H200: 184
 SMALL_TILES = (16, 32, 64)
 """Rows of a tile on the narrow side of Hopper's product."""
 
-LARGE_TILING = Tiling(rows=128, tail_rows=64)
+LARGE_TILING = Tiling(rows=128)
 
 
 class Regime(StrEnum):
     """How rows meet experts.
 
     DIRECT: every slot by itself, unsorted. SMALL: tiles of few rows, the weights on the wide side
-    of the product. LARGE: tiles of many rows, and small ones for what is left over.
+    of the product. LARGE: tiles of many rows.
     """
 
     DIRECT = "direct"
@@ -55,7 +55,7 @@ def tiling_for(num_rows: int, top_k: int, num_experts: int) -> Tiling | None:
     deviations, so that an expert's weights are mostly read once.
 
     >>> tiling_for(64, 8, 128)
-    Tiling(rows=16, tail_rows=0)
+    Tiling(rows=16)
     """
     match regime_for(num_rows, top_k, num_experts):
         case Regime.DIRECT:

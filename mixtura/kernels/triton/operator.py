@@ -1,0 +1,113 @@
+"""The experts as one node of a graph of torch.compile; outside of graphs, a plain call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixtura.config import ExpertsConfig, GateUp, WeightOn
+from mixtura.kernels.triton import launch
+from mixtura.quant.matrix import dense
+from mixtura.types import ExpertBatch, ExpertOrder, ExpertWeights, Tiling
+
+_CONFIGS: list[ExpertsConfig] = []
+"""Configurations that graphs name by number."""
+
+
+def run_experts(
+    weights: ExpertWeights, batch: ExpertBatch, weight_on: WeightOn, reduce: bool
+) -> Tensor:
+    """See `ExpertsKernel.run`."""
+    if not torch.compiler.is_compiling():
+        return launch.run_experts(weights, batch, weight_on, reduce)
+    order = batch.order if batch.order is not None and batch.order.ids is batch.local_ids else None
+    up = weights.up_proj
+    out: Tensor = torch.ops.mixtura.triton_experts(
+        batch.hidden_states,
+        batch.local_ids,
+        batch.topk_weights,
+        [] if order is None else _tensors_of(order),
+        [] if order is None else [order.tiling.rows, order.tiling.tail_rows],
+        weights.gate_up_proj.values,
+        None if up is None else up.values,
+        weights.down_proj.values,
+        weights.gate_up_bias,
+        weights.down_bias,
+        weights.post_norm,
+        _number_of(weights.config),
+        weight_on is WeightOn.INPUT,
+        reduce,
+    )
+    return out
+
+
+def _tensors_of(order: ExpertOrder) -> list[Tensor]:
+    return [order.sort_order, order.expert_offsets, order.tiles, order.num_tiles]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _number_of(config: ExpertsConfig) -> int:
+    if config not in _CONFIGS:
+        _CONFIGS.append(config)
+    return _CONFIGS.index(config)
+
+
+@torch.library.custom_op("mixtura::triton_experts", mutates_args=())
+def _run(
+    rows: Tensor,
+    local_ids: Tensor,
+    topk_weights: Tensor,
+    order: list[Tensor],
+    tiling: list[int],
+    gate_up_proj: Tensor,
+    up_proj: Tensor | None,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    post_norm: Tensor | None,
+    config: int,
+    weighs_input: bool,
+    reduce: bool,
+) -> Tensor:
+    known = _CONFIGS[config]
+    assert (up_proj is not None) == (known.gate_up is GateUp.SEPARATE)
+    weights = ExpertWeights(
+        known,
+        gate_up_proj=dense(gate_up_proj),
+        up_proj=None if up_proj is None else dense(up_proj),
+        down_proj=dense(down_proj),
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        post_norm=post_norm,
+    )
+    found = None
+    if order:
+        sort_order, offsets, tiles, num_tiles = order
+        found = ExpertOrder(local_ids, sort_order, offsets, tiles, num_tiles, Tiling(*tiling))
+    batch = ExpertBatch(rows, local_ids, topk_weights, found)
+    return launch.run_experts(
+        weights, batch, WeightOn.INPUT if weighs_input else WeightOn.OUTPUT, reduce
+    )
+
+
+@_run.register_fake
+def _(
+    rows: Tensor,
+    local_ids: Tensor,
+    topk_weights: Tensor,
+    order: list[Tensor],
+    tiling: list[int],
+    gate_up_proj: Tensor,
+    up_proj: Tensor | None,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    post_norm: Tensor | None,
+    config: int,
+    weighs_input: bool,
+    reduce: bool,
+) -> Tensor:
+    num_rows, top_k = local_ids.shape
+    if reduce:
+        return rows.new_empty(num_rows, rows.shape[1])
+    return rows.new_empty((num_rows, top_k, rows.shape[1]), dtype=torch.float32)

@@ -1,0 +1,163 @@
+"""Every specialisation of the experts' kernels that known models launch, to be compiled and read.
+
+What is compiled is what would be launched: the launches are made from tensors without storage, for
+a GPU that need not be there, and not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtura.config import SWIGLU_OAI, Activation, ActivationFunction, ExpertsConfig, GateUp
+from mixtura.kernels.triton.device import Device
+from mixtura.kernels.triton.launch import Call, Launch
+from mixtura.kernels.triton.regimes import LARGE_TILING, SMALL_TILES
+from mixtura.kernels.triton.table import DIRECT_TILE, Product
+from mixtura.quant.matrix import dense
+from mixtura.types import ExpertOrder, ExpertWeights, Tiling
+
+DEVICES = {
+    90: Device("H100, H200", (9, 0), 132, 232448),
+    80: Device("A100", (8, 0), 108, 166912),
+    89: Device("L40S, RTX 4090", (8, 9), 142, 101376),
+    100: Device("B200", (10, 0), 148, 232448),
+}
+"""GPUs by compute capability, with their limits (source: NVIDIA's tuning guides)."""
+
+TILINGS = (None, *(Tiling(rows) for rows in SMALL_TILES), LARGE_TILING)
+"""Every way in which slots are cut; None: they are not sorted."""
+
+TOP_K = 8
+
+
+def _experts(hidden: int, intermediate: int, **options: Any) -> ExpertsConfig:
+    return ExpertsConfig(
+        num_experts=8, hidden_size=hidden, intermediate_size=intermediate, **options
+    )
+
+
+MODELS: dict[str, ExpertsConfig] = {
+    "qwen3-30b-a3b": _experts(2048, 768),
+    "gpt-oss-120b": _experts(
+        2880,
+        2880,
+        activation=SWIGLU_OAI,
+        gate_up=GateUp.INTERLEAVED,
+        is_transposed=True,
+        has_bias=True,
+    ),
+    "slim": _experts(4096, 192),
+    "ungated": _experts(
+        2048,
+        1024,
+        gate_up=GateUp.UNGATED,
+        activation=Activation(function=ActivationFunction.RELU_SQUARED),
+    ),
+    "odd": _experts(2056, 1000, gate_up=GateUp.SEPARATE),
+}
+"""Layouts and sizes that make other kernels: the number of experts does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """A kernel that a model launches on a GPU.
+
+    Attributes:
+        tile_rows: rows of a tile, 1 where slots are not sorted.
+        estimated_bytes: shared memory that the choice of blocks expects it to take.
+        launch: to be compiled.
+    """
+
+    model: str
+    tile_rows: int
+    estimated_bytes: int | None
+    launch: Launch
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+        name: str = self.launch.kernel.__name__
+        return name.removesuffix("_kernel")
+
+    @property
+    def block(self) -> str:
+        """Outputs x inputs of a step, where there are steps."""
+        constants = self.launch.constants
+        return f"{constants['BLOCK_N']} x {constants['BLOCK_K']}" if "BLOCK_K" in constants else ""
+
+
+def shipped(
+    capability: int, models: tuple[str, ...] = tuple(MODELS), dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Shipped]:
+    """What these models launch on a GPU of that compute capability, each kernel once."""
+    for model in models:
+        call = _call(MODELS[model], dtype, DEVICES[capability])
+        for tiling in TILINGS:
+            for rows, product, launch in _launches(call, tiling):
+                estimate = None if product is None else call.shared_bytes(product, rows)
+                yield Shipped(model, rows, estimate, launch)
+
+
+def _call(config: ExpertsConfig, dtype: torch.dtype, device: Device) -> Call:
+    def stack(rows: int, columns: int) -> Tensor:
+        shape = (config.num_experts, rows, columns)
+        if config.is_transposed:
+            return _meta(*shape[::2], shape[1], dtype=dtype).transpose(1, 2)
+        return _meta(*shape, dtype=dtype)
+
+    count, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    is_separate = config.gate_up is GateUp.SEPARATE
+    weights = ExpertWeights(
+        config,
+        gate_up_proj=dense(stack(config.up_size, hidden)),
+        up_proj=dense(stack(config.up_size, hidden)) if is_separate else None,
+        down_proj=dense(stack(hidden, inner)),
+        gate_up_bias=_meta(count, config.up_size, dtype=dtype) if config.has_bias else None,
+        down_bias=_meta(count, hidden, dtype=dtype) if config.has_bias else None,
+    )
+    rows = 16
+    return Call(
+        weights,
+        _meta(rows, hidden, dtype=dtype),
+        _meta(rows, TOP_K, dtype=torch.int32),
+        _meta(rows, TOP_K, dtype=torch.float32),
+        weighs_input=False,
+        device=device,
+    )
+
+
+def _launches(call: Call, tiling: Tiling | None) -> Iterator[tuple[int, Product | None, Launch]]:
+    """(rows of a tile, product, launch)."""
+    config = call.config
+    hidden = call.empty("", call.num_slots, config.intermediate_size)
+    slots = call.empty("", call.num_slots, config.hidden_size)
+    out = call.empty("", *call.rows.shape)
+    if tiling is None:
+        yield DIRECT_TILE, Product.GATE_UP, call.direct_gate_up(hidden)
+        yield DIRECT_TILE, Product.DOWN, call.direct_down(hidden, out)
+        yield DIRECT_TILE, None, call.combine(slots, out)
+        return
+    order = _order(call, tiling)
+    yield tiling.rows, Product.GATE_UP, call.gate_up(order, hidden)
+    yield tiling.rows, Product.DOWN, call.down(order, hidden, slots)
+
+
+def _order(call: Call, tiling: Tiling) -> ExpertOrder:
+    num_tiles = sum(tiling.max_tiles(call.num_slots, call.config.num_experts))
+    return ExpertOrder(
+        call.ids,
+        _meta(call.num_slots),
+        _meta(call.config.num_experts + 1),
+        _meta(num_tiles, 4),
+        _meta(2),
+        tiling,
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,213 @@
+"""Which blocks a problem runs with: a small table instead of a file for every shape and GPU.
+
+An entry is found by the dtype of the weights, the rows of a tile (which regimes.py derives from the
+rows of an expert) and how wide the experts are; what a GPU cannot hold is made smaller, so that
+there is no shape and no GPU without an entry. `mixtura tune` may put others before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+
+from mixtura.kernels.triton.device import Device
+
+DIRECT_TILE = 1
+"""Stands for the rows of a tile where slots are not sorted."""
+
+LARGE_TILE = 128
+"""Rows from which on the rows are on the wide side of the product."""
+
+MIN_DEPTH = 32
+MIN_COLUMNS = 16
+MAX_STAGES = 6
+
+TRANSPOSED_BYTES = 128
+"""Of a column that a program reads at once."""
+
+
+class Product(StrEnum):
+    """The two products of an expert."""
+
+    GATE_UP = "gate_up"
+    DOWN = "down"
+
+
+class Width(StrEnum):
+    """How many columns of the hidden layer an expert has: SLIM ones make few programs."""
+
+    SLIM = "slim"
+    WIDE = "wide"
+
+
+SLIM_MAX = 512
+"""Columns of a slim expert's hidden layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a product is cut.
+
+    Attributes:
+        columns: outputs of a program. depth: inputs of a step.
+        num_warps, num_stages: as Triton has them; stages are steps in flight.
+        uses_descriptors: weights are read by descriptor, where their layout allows it.
+        is_persistent: as many programs as processors, each walking over tiles.
+        tail_rows: tiles of at most so many rows are computed as such; 0: all are alike.
+    """
+
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    uses_descriptors: bool = False
+    is_persistent: bool = False
+    tail_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What an entry of the table is found by.
+
+    Attributes:
+        tile_rows: DIRECT_TILE, or the rows of a tile.
+    """
+
+    dtype: torch.dtype
+    product: Product
+    tile_rows: int
+    width: Width
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype}/{self.product}/{self.tile_rows}/{self.width}"
+
+
+_WIDE_PRODUCTS: dict[tuple[Product, int], Blocks] = {
+    (Product.GATE_UP, 1): Blocks(16, 256, 4, 3),
+    (Product.DOWN, 1): Blocks(8, 256, 4, 4),
+    (Product.GATE_UP, 16): Blocks(64, 128, 4, 3, uses_descriptors=True),
+    (Product.DOWN, 16): Blocks(64, 128, 4, 4, uses_descriptors=True),
+    (Product.GATE_UP, 32): Blocks(64, 64, 4, 5, uses_descriptors=True),
+    (Product.DOWN, 32): Blocks(64, 128, 4, 4, uses_descriptors=True),
+    (Product.GATE_UP, 64): Blocks(64, 64, 4, 4, uses_descriptors=True),
+    (Product.DOWN, 64): Blocks(128, 64, 4, 4, uses_descriptors=True),
+    (Product.GATE_UP, 128): Blocks(128, 64, 8, 4, True, True, tail_rows=64),
+    (Product.DOWN, 128): Blocks(256, 64, 8, 3, True, True),
+}
+"""Where products read shared memory. Two programs of a small tile share a processor, each with 64
+KB on their way; a large one fills it."""
+
+_NARROW_PRODUCTS: dict[tuple[Product, int], Blocks] = {
+    (Product.GATE_UP, 1): Blocks(16, 256, 4, 3),
+    (Product.DOWN, 1): Blocks(8, 256, 4, 4),
+    (Product.GATE_UP, 16): Blocks(64, 64, 4, 4),
+    (Product.DOWN, 16): Blocks(64, 64, 4, 4),
+    (Product.GATE_UP, 32): Blocks(64, 64, 4, 3),
+    (Product.DOWN, 32): Blocks(64, 64, 4, 4),
+    (Product.GATE_UP, 64): Blocks(64, 64, 4, 3),
+    (Product.DOWN, 64): Blocks(64, 64, 4, 3),
+    (Product.GATE_UP, 128): Blocks(64, 32, 8, 4, tail_rows=64),
+    (Product.DOWN, 128): Blocks(128, 64, 8, 3),
+}
+"""Where products read registers (Ampere, Ada, consumer Blackwell, other makers)."""
+
+_BLACKWELL: dict[tuple[Product, int], Blocks] = {
+    (Product.GATE_UP, 128): Blocks(64, 64, 8, 5, True, tail_rows=64),
+}
+"""Where sums are kept in a memory of their own: more of them do not fit in registers on their way
+out, beside what the next tile's first steps need."""
+
+SLIM_COLUMNS = {Product.GATE_UP: 64, Product.DOWN: 64}
+"""Columns of a block at most where experts are slim and rows are few."""
+
+_tuned: dict[Key, Blocks] = {}
+
+
+def use_tuned(entries: Mapping[Key, Blocks]) -> None:
+    """Put entries before the table's own, for this process; an empty mapping takes them away."""
+    _tuned.clear()
+    _tuned.update(entries)
+
+
+def width_of(intermediate_size: int) -> Width:
+    """The size class of experts."""
+    return Width.SLIM if intermediate_size <= SLIM_MAX else Width.WIDE
+
+
+def shipped_blocks(key: Key, device: Device) -> Blocks:
+    """The table's own entry for a GPU, before it is made to fit."""
+    tables = [_WIDE_PRODUCTS if device.has_wide_products else _NARROW_PRODUCTS]
+    if device.is_blackwell:
+        tables = [_BLACKWELL, *tables]
+    cut = (key.product, key.tile_rows)
+    blocks = next(table[cut] for table in tables if cut in table)
+    if key.width is Width.SLIM and key.tile_rows < LARGE_TILE:
+        blocks = replace(blocks, columns=min(blocks.columns, SLIM_COLUMNS[key.product]))
+    return blocks
+
+
+def blocks_for(key: Key, device: Device) -> Blocks:
+    """Tuned blocks, else the table's; `suited` and `fitted` come after."""
+    return _tuned.get(key) or shipped_blocks(key, device)
+
+
+def suited(blocks: Blocks, key: Key, depth: int, is_transposed: bool) -> Blocks:
+    """The same blocks for weights of so many columns, next to each other or, transposed, not.
+
+    Descriptors want steps that divide the columns: narrower ones, and as many bytes on their way.
+    Unsorted slots read weights by rows, and transposed ones by columns, 128 bytes at a time.
+    """
+    while blocks.uses_descriptors and depth % blocks.depth and blocks.depth > MIN_DEPTH:
+        blocks = replace(blocks, depth=blocks.depth // 2, num_stages=blocks.num_stages * 2)
+    if key.tile_rows == DIRECT_TILE and is_transposed:
+        columns = TRANSPOSED_BYTES // key.dtype.itemsize
+        elements = blocks.columns * blocks.depth
+        blocks = replace(blocks, columns=columns, depth=max(elements // columns, MIN_DEPTH))
+    return blocks
+
+
+def fitted(blocks: Blocks, key: Key, device: Device, *, is_doubled: bool) -> Blocks:
+    """The same blocks, smaller until their shared memory is there: stages go first, then depth.
+
+    `is_doubled`: weights of gate and of up are read in every step.
+    """
+    blocks = replace(
+        blocks,
+        num_stages=min(blocks.num_stages, MAX_STAGES),
+        uses_descriptors=blocks.uses_descriptors and device.has_descriptors,
+    )
+    while shared_bytes(blocks, key, is_doubled=is_doubled) > device.shared_bytes:
+        if blocks.num_stages > 2:
+            blocks = replace(blocks, num_stages=blocks.num_stages - 1)
+        elif blocks.depth > MIN_DEPTH:
+            blocks = replace(blocks, depth=blocks.depth // 2)
+        elif blocks.columns > MIN_COLUMNS:
+            blocks = replace(blocks, columns=blocks.columns // 2)
+        else:
+            break
+    return blocks
+
+
+def shared_bytes(blocks: Blocks, key: Key, *, is_doubled: bool) -> int:
+    """Shared memory that a program takes: tiles in flight, and the result on its way out.
+
+    A persistent program has both at once. An estimate from above, compared with what the compiler
+    says by the tests of shipped configurations.
+    """
+    size = key.dtype.itemsize
+    width = blocks.columns * (2 if is_doubled else 1)
+    rows = key.tile_rows
+    step = (rows + width) * blocks.depth * size
+    result = rows * blocks.columns * size
+    if key.tile_rows == DIRECT_TILE:
+        step += rows * blocks.depth * size
+    in_flight = blocks.num_stages * step
+    return BARRIER_BYTES + (in_flight + result if blocks.is_persistent else max(in_flight, result))
+
+
+BARRIER_BYTES = 1024
+"""For the barriers of copies in flight, and alignment."""

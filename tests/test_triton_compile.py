@@ -1,0 +1,99 @@
+"""Every kernel that is shipped compiles for GPUs that are not there, and fits them.
+
+Compiled in a process of its own: this one's kernels belong to Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_device import triton
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "gpu.md"
+TABLE_OF = "3.7.1"
+"""The version of Triton that the table in the documentation is of."""
+
+MODELS = "qwen3-30b-a3b,gpt-oss-120b,slim,ungated,odd"
+USUAL = "qwen3-30b-a3b,gpt-oss-120b"
+CASES = [
+    (90, MODELS, "bfloat16"),
+    (80, USUAL, "bfloat16"),
+    (100, USUAL, "bfloat16"),
+    *(
+        pytest.param(capability, models, dtype, marks=pytest.mark.slow)
+        for capability, models, dtype in (
+            (90, MODELS, "float16"),
+            (80, MODELS, "float16"),
+            (89, MODELS, "bfloat16"),
+            (100, MODELS, "float16"),
+        )
+    ),
+]
+
+
+@cache
+def compiled(capability: int, models: str, dtype: str) -> tuple[str, list[dict[str, Any]]]:
+    """What the script prints, and what that says."""
+    script = ROOT / "scripts" / "kernel_resources.py"
+    command = [sys.executable, str(script), str(capability), "--models", models, "--dtype", dtype]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability, models, dtype", CASES)
+def test_kernels_compile_without_spills_and_fit(capability: int, models: str, dtype: str) -> None:
+    _, rows = compiled(capability, models, dtype)
+    assert {row["model"] for row in rows} >= set(models.split(","))
+    kernels = {"gate_up", "down", "combine", "direct_gate_up", "direct_down"}
+    assert {row["kernel"] for row in rows} >= kernels
+    assert {row["tile_rows"] for row in rows} >= {1, 16, 32, 64, 128}
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert row["shared_bytes"] <= row["shared_limit"], row
+        if row["estimated_bytes"] is not None:
+            assert row["shared_bytes"] <= row["estimated_bytes"], row
+
+
+@pytest.mark.parametrize("capability, models, dtype", CASES)
+def test_products_use_the_widest_instructions(capability: int, models: str, dtype: str) -> None:
+    _, rows = compiled(capability, models, dtype)
+    products = [row for row in rows if row["kernel"] in ("gate_up", "down")]
+    assert products
+    kind = "wide products" if capability in (90, 100) else "narrow products"
+    for row in products:
+        assert row["instructions"][kind] > 0, row
+        if row["read"] in ("rows", "columns"):
+            assert row["instructions"]["tiles copied by descriptor"] > 0, row
+        else:
+            assert row["instructions"]["asynchronous copies"] > 0, row
+
+
+def test_unsorted_slots_have_loads_in_flight() -> None:
+    """Triton runs loads ahead in a loop without products only where it is told to."""
+    _, rows = compiled(90, MODELS, "bfloat16")
+    direct = [row for row in rows if row["kernel"].startswith("direct")]
+    assert direct
+    assert all(row["instructions"]["asynchronous copies"] > 0 for row in direct)
+
+
+@pytest.mark.skipif(triton.__version__ != TABLE_OF, reason=f"the table is Triton {TABLE_OF}'s")
+def test_the_table_in_the_documentation_is_what_the_compiler_says() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from kernel_resources import BEGIN, END, table
+
+    _, rows = compiled(90, MODELS, "bfloat16")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    found = text.partition(BEGIN)[2].partition(END)[0]
+    assert found == table(rows), "run python scripts/kernel_resources.py --write"

@@ -1,0 +1,383 @@
+"""The Triton kernel against the reference: on the CPU in Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from expert_cases import ACTIVATIONS, CONFIGS, converted, random_weights, sizes
+from gpu_device import DEVICE, IS_INTERPRETED
+from tolerances import assert_close
+from torch import Tensor
+
+from mixtura import FusedMoE, MoEConfig, RoutingConfig
+from mixtura.config import ExpertsConfig, WeightOn
+from mixtura.errors import DeviceMemoryError
+from mixtura.kernels import get_kernel, register_kernel, unregister_kernel
+from mixtura.kernels.reference import ReferenceKernel
+from mixtura.kernels.triton import TritonKernel, launch
+from mixtura.kernels.triton.align import order_slots
+from mixtura.kernels.triton.bypass import add_identity
+from mixtura.kernels.triton.regimes import LARGE_TILING, Regime, regime_for, tiling_for
+from mixtura.quant.scheme import QuantScheme
+from mixtura.types import Bypass, ExpertBatch, ExpertsProblem, ExpertWeights, Tiling
+
+KERNEL = TritonKernel()
+REFERENCE = ReferenceKernel()
+
+FINEST = torch.float32 if IS_INTERPRETED else torch.float16
+DTYPES = [torch.float16, torch.bfloat16] + ([torch.float32] if IS_INTERPRETED else [])
+
+ROWS = {Regime.DIRECT: 1, Regime.SMALL: 13, Regime.LARGE: 260}
+"""Rows of 2 slots that bring 5 experts to each regime."""
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody writes is NaN."""
+    empty = launch.Call.empty
+
+    def poisoned(self: launch.Call, name: str, *shape: int, dtype: Any = None) -> Tensor:
+        return empty(self, name, *shape, dtype=dtype).fill_(float("nan"))
+
+    monkeypatch.setattr(launch.Call, "empty", poisoned)
+
+
+def random_batch(
+    config: ExpertsConfig, num_rows: int, top_k: int, dtype: torch.dtype, *, absent: float = 0.2
+) -> ExpertBatch:
+    """Distinct experts for every row; some slots have none."""
+    generator = torch.Generator().manual_seed(num_rows * 31 + top_k)
+    chosen = torch.rand(num_rows, config.num_experts, generator=generator).argsort(1)[:, :top_k]
+    is_absent = torch.rand(num_rows, top_k, generator=generator) < absent
+    ids = torch.where(is_absent, -1, chosen).int()
+    weights = torch.rand(num_rows, top_k, generator=generator) * (ids >= 0)
+    rows = torch.randn(num_rows, config.hidden_size, generator=generator).to(dtype)
+    return ExpertBatch(rows, ids, weights)
+
+
+def on_device(weights: ExpertWeights) -> ExpertWeights:
+    return weights.mapped(lambda tensor: tensor.to(DEVICE))
+
+
+def run(weights: ExpertWeights, batch: ExpertBatch, **options: Any) -> Tensor:
+    """The kernel's result on the CPU."""
+    there = ExpertBatch(
+        batch.hidden_states.to(DEVICE), batch.local_ids.to(DEVICE), batch.topk_weights.to(DEVICE)
+    )
+    return KERNEL.run(on_device(weights), there, **options).cpu()
+
+
+def truth(weights: ExpertWeights, batch: ExpertBatch, **options: Any) -> Tensor:
+    """In fp32, with the weights rounded as they are; rows that are many by the torch kernel."""
+    wide = converted(weights, torch.float32)
+    rows = dataclasses.replace(batch, hidden_states=batch.hidden_states.float())
+    kernel = REFERENCE if batch.local_ids.numel() < 100 else get_kernel("torch")
+    return kernel.run(wide, rows, **options)
+
+
+def check(
+    config: ExpertsConfig,
+    num_rows: int,
+    top_k: int,
+    dtype: torch.dtype,
+    *,
+    absent: float = 0.2,
+    ids: Tensor | None = None,
+    **options: Any,
+) -> None:
+    weights = random_weights(config, dtype)
+    batch = random_batch(config, num_rows, top_k, dtype, absent=absent)
+    if ids is not None:
+        batch = dataclasses.replace(batch, local_ids=ids.int())
+    found, expected = run(weights, batch, **options), truth(weights, batch, **options)
+    assert found.dtype == (dtype if options.get("reduce", True) else torch.float32)
+    noise = get_kernel("torch").run(weights, batch, **options) if found.numel() else None
+    assert_close(found, expected, dtype, noise=noise)
+
+
+@pytest.mark.parametrize("regime", ROWS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_layout_in_every_regime(name: str, regime: Regime) -> None:
+    config = CONFIGS[name]
+    assert regime_for(ROWS[regime], 2, config.num_experts) is regime
+    check(config, ROWS[regime], 2, FINEST)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["stacked", "gpt-oss", "rms-scale-first"])
+def test_every_dtype(name: str, dtype: torch.dtype) -> None:
+    for num_rows in (1, 13):
+        check(CONFIGS[name], num_rows, 2, dtype)
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("weight_on", WeightOn)
+@pytest.mark.parametrize("name", ["bias", "gpt-oss", "ungated-bias", "rms"])
+def test_weights_on_either_side_and_terms(name: str, weight_on: WeightOn, reduce: bool) -> None:
+    for num_rows in (1, 13):
+        check(CONFIGS[name], num_rows, 2, FINEST, weight_on=weight_on, reduce=reduce)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation(name: str) -> None:
+    config = dataclasses.replace(sizes(), activation=ACTIVATIONS[name])
+    for num_rows in (1, 9):
+        check(config, num_rows, 2, FINEST)
+
+
+BLOCKED = {
+    "stacked": sizes(2, 128, 64),
+    "interleaved": dataclasses.replace(CONFIGS["interleaved"], num_experts=2, hidden_size=128,
+                                       intermediate_size=64),
+    "separate": dataclasses.replace(CONFIGS["separate"], num_experts=2, hidden_size=128,
+                                    intermediate_size=64),
+    "gpt-oss": dataclasses.replace(CONFIGS["gpt-oss"], num_experts=2, hidden_size=128,
+                                   intermediate_size=192),
+    "transposed": dataclasses.replace(CONFIGS["transposed"], num_experts=3, hidden_size=64,
+                                      intermediate_size=128),
+}  # fmt: skip
+"""Sizes that steps divide: weights are read by descriptor, from rows or from columns."""
+
+
+@pytest.mark.parametrize("num_rows", [9, 33, 70, 110])
+@pytest.mark.parametrize("name", BLOCKED)
+def test_weights_read_by_descriptor(
+    name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways, way = [], launch.way_to_read
+    monkeypatch.setattr(launch, "way_to_read", lambda *given: ways.append(way(*given)) or ways[-1])
+    check(BLOCKED[name], num_rows, 2, FINEST)
+    is_hopper = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    expected = "columns" if BLOCKED[name].is_transposed else "rows"
+    assert set(ways) == {expected if is_hopper else "pointer"}
+
+
+@pytest.mark.parametrize("hidden_size, intermediate_size", [(1, 1), (7, 3), (130, 65), (257, 129)])
+def test_sizes_that_no_block_divides(hidden_size: int, intermediate_size: int) -> None:
+    for num_rows in (1, 13):
+        check(sizes(5, hidden_size, intermediate_size), num_rows, 2, FINEST)
+
+
+@pytest.mark.parametrize("num_experts, num_rows", [(1, 3), (1, 120), (3, 5), (3, 200)])
+def test_every_row_visits_every_expert(num_experts: int, num_rows: int) -> None:
+    check(sizes(num_experts), num_rows, num_experts, FINEST, absent=0.0)
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_no_rows(reduce: bool) -> None:
+    check(sizes(), 0, 2, FINEST, reduce=reduce)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 13, 150])
+def test_rows_without_experts_are_zero(num_rows: int) -> None:
+    weights, batch = random_weights(sizes(), FINEST), random_batch(sizes(), num_rows, 2, FINEST)
+    batch = dataclasses.replace(batch, local_ids=torch.full((num_rows, 2), -1).int())
+    for reduce in (True, False):
+        assert torch.equal(run(weights, batch, reduce=reduce), torch.zeros_like(
+            truth(weights, batch, reduce=reduce)))  # fmt: skip
+
+
+@pytest.mark.parametrize("num_rows", [3, 40, 150])
+def test_one_expert_takes_all(num_rows: int) -> None:
+    check(sizes(3), num_rows, 2, FINEST, ids=torch.full((num_rows, 2), 2))
+
+
+def test_nan_stays_in_its_row() -> None:
+    """A padding token's row may be anything; another's is its own affair."""
+    for num_rows in (2, 13, 260):
+        weights = random_weights(sizes(), FINEST)
+        batch = random_batch(sizes(), num_rows, 2, FINEST, absent=0.0)
+        clean = run(weights, batch)
+        rows, ids = batch.hidden_states.clone(), batch.local_ids.clone()
+        rows[0], rows[1], ids[0] = float("nan"), float("inf"), -1
+        found = run(weights, dataclasses.replace(batch, hidden_states=rows, local_ids=ids))
+        assert torch.equal(found[0], torch.zeros_like(found[0]))
+        assert not found[1].isfinite().all()
+        assert torch.equal(found[2:], clean[2:])
+
+
+@pytest.mark.parametrize("num_rows", [3, 40])
+def test_rows_apart_from_each_other(num_rows: int) -> None:
+    """Rows of a wider tensor, of a transposed one, of one row seen often; ids and weights alike."""
+    config = sizes(5, 16, 8)
+    weights = random_weights(config, FINEST)
+    plain = random_batch(config, num_rows, 2, FINEST)
+    wide = torch.zeros(num_rows, 40, dtype=FINEST)
+    wide[:, 8:24] = plain.hidden_states
+    expected = truth(weights, plain)
+    for rows in (wide[:, 8:24], plain.hidden_states.T.contiguous().T):
+        batch = ExpertBatch(
+            rows.to(DEVICE),
+            plain.local_ids.T.contiguous().T.to(DEVICE),
+            plain.topk_weights.T.contiguous().T.to(DEVICE),
+        )
+        assert_close(KERNEL.run(on_device(weights), batch).cpu(), expected, FINEST)
+    same = dataclasses.replace(plain, hidden_states=plain.hidden_states[:1].expand(num_rows, -1))
+    there = dataclasses.replace(same, hidden_states=same.hidden_states.to(DEVICE))
+    there = ExpertBatch(
+        there.hidden_states, same.local_ids.to(DEVICE), same.topk_weights.to(DEVICE)
+    )
+    assert_close(KERNEL.run(on_device(weights), there).cpu(), truth(weights, same), FINEST)
+
+
+@pytest.mark.parametrize("num_rows", [1, 13, 260])
+def test_experts_farther_apart_than_32_bits_count(num_rows: int) -> None:
+    config = sizes(2, 16, 8)
+    if num_rows > 13 and IS_INTERPRETED:
+        pytest.skip("the same addresses as fewer rows have")
+    weights = random_weights(config, torch.bfloat16)
+
+    def far(stack: Tensor) -> Tensor:
+        """The same stack, its second matrix 2**31 elements after the first; pages stay unused."""
+        _, rows, columns = stack.shape
+        memory = torch.empty(2**31 + rows * columns, dtype=stack.dtype, device=DEVICE)
+        view = memory.as_strided((2, rows, columns), (2**31, columns, 1))
+        return view.copy_(stack)
+
+    there = on_device(weights)
+    there = dataclasses.replace(
+        there,
+        gate_up_proj=dataclasses.replace(
+            there.gate_up_proj, values=far(weights.gate_up_proj.values)
+        ),
+        down_proj=dataclasses.replace(there.down_proj, values=far(weights.down_proj.values)),
+    )
+    batch = random_batch(config, num_rows, 2, torch.bfloat16, absent=0.0)
+    moved = ExpertBatch(*(tensor.to(DEVICE) for tensor in
+                          (batch.hidden_states, batch.local_ids, batch.topk_weights)))  # fmt: skip
+    assert_close(KERNEL.run(there, moved).cpu(), truth(weights, batch), torch.bfloat16)
+
+
+def test_an_order_is_used_only_for_the_ids_it_was_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tiling] = []
+
+    def counted(ids: Tensor, num_experts: int, tiling: Tiling) -> Any:
+        calls.append(tiling)
+        return order_slots(ids, num_experts, tiling)
+
+    monkeypatch.setattr(launch, "order_slots", counted)
+    config = sizes()
+    weights, batch = on_device(random_weights(config, FINEST)), random_batch(config, 13, 2, FINEST)
+    batch = ExpertBatch(*(tensor.to(DEVICE) for tensor in
+                          (batch.hidden_states, batch.local_ids, batch.topk_weights)))  # fmt: skip
+    tiling = tiling_for(13, 2, config.num_experts)
+    assert tiling is not None
+    order = order_slots(batch.local_ids, config.num_experts, tiling)
+    expected = KERNEL.run(weights, batch)
+    assert calls == [tiling]
+    found = KERNEL.run(weights, dataclasses.replace(batch, order=order))
+    assert calls == [tiling]
+    assert torch.equal(found, expected)
+    others = {
+        "another choice": dataclasses.replace(order, ids=batch.local_ids.clone()),
+        "another way of cutting": order_slots(batch.local_ids, config.num_experts, LARGE_TILING),
+    }
+    for other in others.values():
+        assert torch.equal(KERNEL.run(weights, dataclasses.replace(batch, order=other)), expected)
+    assert len(calls) == 1 + len(others)
+
+
+def test_a_compiled_graph_has_the_experts_as_one_node() -> None:
+    config = CONFIGS["gpt-oss"]
+    weights = on_device(random_weights(config, torch.float16))
+
+    def layer(rows: Tensor, ids: Tensor, topk_weights: Tensor, reduce: bool) -> Tensor:
+        batch = ExpertBatch(rows * 1.0, ids, topk_weights)
+        return KERNEL.run(KERNEL.pack(weights), batch, reduce=reduce) + 1.0
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for num_rows in (1, 13):
+        batch = random_batch(config, num_rows, 2, torch.float16)
+        given = [t.to(DEVICE) for t in (batch.hidden_states, batch.local_ids, batch.topk_weights)]
+        for reduce in (True, False):
+            with torch.no_grad():
+                found, expected = compiled(*given, reduce), layer(*given, reduce)
+            assert torch.equal(found, expected)
+
+
+def test_a_layer_runs_with_it() -> None:
+    class AnyDevice(TritonKernel):
+        name = "triton-anywhere"
+        devices = None
+
+        def cannot_run(self, problem: ExpertsProblem) -> str | None:
+            return None
+
+    register_kernel(AnyDevice.name, AnyDevice)
+    try:
+        config = MoEConfig(
+            hidden_size=16,
+            routing=RoutingConfig(num_experts=4, top_k=2),
+            experts=sizes(4, 16, 8),
+        )
+        layer = FusedMoE(config, kernel=AnyDevice.name, dtype=torch.float16, device=DEVICE)
+        plain = FusedMoE(config, kernel="torch", dtype=torch.float16, device=DEVICE)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        plain.load_state_dict(layer.state_dict())
+        for num_rows in (0, 1, 9):
+            rows = torch.randn(num_rows, 16, device=DEVICE).half()
+            with torch.no_grad():
+                assert_close(layer(rows).cpu(), plain(rows).cpu(), torch.float16)
+    finally:
+        unregister_kernel(AnyDevice.name)
+
+
+def problem(**changes: Any) -> ExpertsProblem:
+    given = ExpertsProblem(
+        experts=sizes(),
+        schemes=(QuantScheme.dense(torch.bfloat16),),
+        row_dtype=torch.bfloat16,
+        device="cuda",
+    )
+    return dataclasses.replace(given, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, None),
+        ({"device": "cpu"}, "is for cuda"),
+        ({"row_dtype": torch.float32}, "computes rows of bf16 and fp16, not torch.float32"),
+        ({"row_dtype": torch.float16}, "reads weights of the rows' dtype"),
+        ({"needs_grad": True}, "has no backward"),
+        ({"is_deterministic": True}, "deterministic=True was asked for"),
+        (
+            {"experts": dataclasses.replace(CONFIGS["rms"], hidden_size=20000)},
+            "norms rows of up to 16384 columns, not 20000",
+        ),
+    ],
+)
+def test_what_it_cannot_run(changes: dict[str, Any], reason: str | None) -> None:
+    found = KERNEL.unsupported(problem(**changes))
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_running_out_of_memory_names_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    weights, batch = random_weights(sizes(), FINEST), random_batch(sizes(), 13, 2, FINEST)
+    real = torch.empty
+
+    def full(*given: Any, **options: Any) -> Tensor:
+        if given[0] == (26, sizes().intermediate_size):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(DeviceMemoryError, match=r"hidden rows \(\(26, 6\), 0.00 GiB\).*max_rows"):
+        run(weights, batch)
+
+
+@pytest.mark.parametrize("num_rows, width", [(0, 8), (1, 1), (5, 40), (3, 2050)])
+def test_identity_experts_add_their_rows(num_rows: int, width: int) -> None:
+    for dtype in DTYPES:
+        wide = torch.randn(num_rows, 2 * width).to(dtype)
+        routed, rows = torch.randn(num_rows, width).to(dtype), wide[:, :width]
+        weight = torch.rand(num_rows)
+        expected = Bypass(identity_weight=weight).apply(routed.float(), rows.float())
+        found = add_identity(routed.to(DEVICE), rows.to(DEVICE), weight.to(DEVICE)).cpu()
+        assert found.dtype == dtype
+        assert_close(found, expected, dtype)
