@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tables are those of no GPU in particular
 
 import torch  # noqa: E402
 from families import FamilySource, discover  # noqa: E402
@@ -76,14 +78,19 @@ def families_table() -> str:
 
 
 def kernels_for(scheme: QuantScheme, device: str) -> str:
-    """The kernels that run experts of a scheme, in order of preference."""
+    """The kernels that run experts of a scheme unasked, in order of preference."""
     problem = ExpertsProblem(
         experts=ExpertsConfig(num_experts=8, hidden_size=256, intermediate_size=128),
         schemes=(scheme,),
         row_dtype=torch.bfloat16 if scheme.is_quantized else scheme.values_dtype,
         device=device,
     )
-    names = [name for name in kernel_names() if get_kernel(name).unsupported(problem) is None]
+    found = {name: get_kernel(name) for name in kernel_names()}
+    names = [
+        name
+        for name, kernel in found.items()
+        if kernel.is_automatic(device) and kernel.unsupported(problem) is None
+    ]
     return ", ".join(names) or "none"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from mixtura.config import (
     RoutingConfig,
     WeightOn,
 )
+from mixtura.kernels import ExpertsKernel
 from mixtura.kernels.cpu.arithmetic import Arithmetic, arithmetic_for
 from mixtura.kernels.cpu.panels import ACTIVATION_GROUP
 from mixtura.layer import FusedMoE
@@ -297,6 +298,29 @@ def plain_experts(
                 out = plain_expert(weights, expert, rows) * weight
             total = total + torch.where(ids == expert, out, 0.0)
     return total.to(rows.dtype)
+
+
+def gradients(
+    kernel: ExpertsKernel,
+    weights: ExpertWeights,
+    batch: ExpertBatch,
+    weight_on: WeightOn,
+    runner: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the gradients of rows, routing weights and every weight tensor."""
+    leaves = {
+        role: t.detach().clone().requires_grad_() for role, t in dense_tensors(weights).items()
+    }
+    leaves["rows"] = batch.hidden_states.clone().requires_grad_()
+    leaves["topk_weights"] = batch.topk_weights.clone().requires_grad_()
+    roles = dense_tensors(weights).keys()
+    packed = map_tensors(weights, {role: leaves[role] for role in roles})
+    leafy = ExpertBatch(leaves["rows"], batch.local_ids, leaves["topk_weights"])
+    out = (runner or kernel.run)(kernel.pack(packed), leafy, weight_on=weight_on)
+    cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
+    found = torch.autograd.grad((out * cotangent).sum(), leaves.values(), allow_unused=True)
+    assert all(grad is not None for grad in found), dict(zip(leaves, found, strict=True))
+    return out.detach(), dict(zip(leaves, found, strict=True))
 
 
 def moe_config(

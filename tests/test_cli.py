@@ -34,6 +34,7 @@ from mixtura.errors import CheckpointError, ConfigError, InputError, MissingDepe
 from mixtura.hf import load
 from mixtura.hf.convert import UnconvertedLayerWarning
 from mixtura.hf.generate import GenerateOptions, TextMeter, generate_text
+from mixtura.kernels.optional import OptionalPackage
 
 ROOT = Path(__file__).parent.parent
 extension = importlib.import_module("mixtura.kernels.cpu.extension")
@@ -435,7 +436,7 @@ def test_a_file_is_no_model(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told", "code"),
     [
-        (("--kernel", "nonsense"), "must be one of cpu, torch", 1),
+        (("--kernel", "nonsense"), "must be one of cpu, grouped_mm", 1),
         (("--device", "gpuu"), "must be cpu, cuda or cuda:N", 1),
         (("--device", "meta"), "must be cpu, cuda or cuda:N", 1),
         (("--device", "cuda:99"), "must be on this machine", 1),
@@ -607,7 +608,7 @@ def test_doctor_prints_json() -> None:
     ]  # fmt: skip
     assert list(found["memory"]) == ["total", "free", "bandwidth"]
     assert [p["name"] for p in found["packages"]] == [
-        "torch", "transformers", "triton", "matplotlib",
+        "torch", "transformers", "triton", "DeepGEMM", "FlashInfer", "matplotlib",
     ]  # fmt: skip
     assert list(found["demo"]) == ["path", "num_parameters", "problem"]
     cpu = found["kernels"][0]
@@ -627,11 +628,14 @@ def test_doctor_fits_a_narrow_terminal_without_colour() -> None:
 
 def test_doctor_says_what_a_missing_package_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version_of", lambda package: None)
+    monkeypatch.setattr(OptionalPackage, "version", None)
     monkeypatch.setattr(doctor, "transformers_version", lambda: None)
     monkeypatch.setitem(sys.modules, "mixtura.bench", None)  # as without Transformers
     shown = " ".join(run("doctor", COLUMNS="200").stdout.split())
     assert "matplotlib not installed inspect writes no PNG" in shown
     assert "triton not installed no Triton kernels" in shown
+    assert "DeepGEMM not installed optional: kernel='deep_gemm' cannot run" in shown
+    assert "FlashInfer not installed optional: kernel='flashinfer' cannot run" in shown
     assert "bandwidth not measured the probe needs Transformers" in shown
     assert "transformers not installed models cannot be loaded: it must be >=" in shown
 

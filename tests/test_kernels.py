@@ -16,6 +16,7 @@ from expert_cases import (
     cpu_products_bound,
     dense_tensors,
     dequantized,
+    gradients,
     map_tensors,
     plain_experts,
     problem_of,
@@ -48,7 +49,7 @@ from mixtura.quant.matrix import dense
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 REFERENCE = get_kernel("reference")
-TESTED = [name for name in kernel_names() if name != "reference"]
+TESTED = [name for name in kernel_names() if name != "reference" and get_kernel(name).is_for("cpu")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FORMATS = [
     WeightFormat.INT8_CHANNEL,
@@ -245,29 +246,6 @@ def batch_as(batch: ExpertBatch, dtype: torch.dtype) -> ExpertBatch:
 
 
 # ---------------------------------------------------------------------------------------- gradients
-
-
-def gradients(
-    kernel: ExpertsKernel,
-    weights: ExpertWeights,
-    batch: ExpertBatch,
-    weight_on: WeightOn,
-    runner: Callable[..., Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output, and the gradients of rows, routing weights and every weight tensor."""
-    leaves = {
-        role: t.detach().clone().requires_grad_() for role, t in dense_tensors(weights).items()
-    }
-    leaves["rows"] = batch.hidden_states.clone().requires_grad_()
-    leaves["topk_weights"] = batch.topk_weights.clone().requires_grad_()
-    roles = dense_tensors(weights).keys()
-    packed = map_tensors(weights, {role: leaves[role] for role in roles})
-    leafy = ExpertBatch(leaves["rows"], batch.local_ids, leaves["topk_weights"])
-    out = (runner or kernel.run)(kernel.pack(packed), leafy, weight_on=weight_on)
-    cotangent = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
-    found = torch.autograd.grad((out * cotangent).sum(), leaves.values(), allow_unused=True)
-    assert all(grad is not None for grad in found), dict(zip(leaves, found, strict=True))
-    return out.detach(), dict(zip(leaves, found, strict=True))
 
 
 def skip_unless_differentiable(kernel: ExpertsKernel, config: ExpertsConfig) -> None:
@@ -581,7 +559,9 @@ def test_the_cpu_kernel_is_preferred():
     decision = select_kernel(problem_of(sizes(), is_deterministic=True), strict=True)
     assert decision.kernel.name == "cpu"
     assert decision.kernel.is_row_invariant
-    assert [rejection.kernel for rejection in decision.rejections] == ["torch", "reference"]
+    rejected = {rejection.kernel: rejection.reason for rejection in decision.rejections}
+    assert list(rejected) == [name for name in kernel_names() if name != "cpu"]
+    assert rejected["reference"] == "cpu is preferred"
     assert select_kernel(problem_of(sizes(), needs_grad=True)).kernel.name == "torch"
 
 

@@ -277,6 +277,9 @@ def find_packages() -> tuple[Package, ...]:
     """torch and what works with it."""
     import torch
 
+    from mixtura.kernels.optional import DEEP_GEMM, FLASHINFER
+
+    optional = {"deep_gemm": DEEP_GEMM, "flashinfer": FLASHINFER}
     transformers = transformers_version()
     triton, matplotlib = version_of("triton"), version_of("matplotlib")
     is_for_gpu = torch.version.cuda is not None or torch.version.hip is not None
@@ -296,6 +299,14 @@ def find_packages() -> tuple[Package, ...]:
             name="triton",
             version=triton,
             cost=None if triton else "no Triton kernels: a GPU runs experts through torch",
+        ),
+        *(
+            Package(
+                name=package.title,
+                version=package.version,
+                cost=None if package.version else f"optional: kernel={kernel!r} cannot run",
+            )
+            for kernel, package in optional.items()
         ),
         Package(
             name="matplotlib",

@@ -25,8 +25,10 @@ class ExpertsKernel(ABC):
         has_backward: gradients flow to rows, routing weights and expert weights.
         is_row_invariant: a row's result does not depend on the rows around it or on the thread
             count.
-        devices: types of device it is written for; None for any that torch has. Elsewhere it is
-            passed over without counting as the preferred kernel.
+        devices: types of device it can run on; None for any that torch has. Elsewhere it is passed
+            over without counting as the preferred kernel.
+        automatic_on: those of them on which it may be taken without being asked for by name; None
+            for all of them.
         shares_memory: `pack` returns views of the given weights and frees nothing.
         packs_in_graphs: torch.compile can trace `pack`; else a graph's first call packs.
         activation_dtypes: the arithmetic with quantized weights that may be asked for.
@@ -35,6 +37,7 @@ class ExpertsKernel(ABC):
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...] | None] = None
+    automatic_on: ClassVar[tuple[str, ...] | None] = None
     has_backward: ClassVar[bool] = False
     is_row_invariant: ClassVar[bool] = False
     shares_memory: ClassVar[bool] = False
@@ -62,8 +65,19 @@ class ExpertsKernel(ABC):
         return self.cannot_run(problem)
 
     def is_for(self, device: str) -> bool:
-        """Whether the kernel is written for this type of device."""
+        """Whether the kernel can run on this type of device."""
         return self.devices is None or device in self.devices
+
+    def is_automatic(self, device: str) -> bool:
+        """Whether it may be taken on this type of device without being asked for by name."""
+        return self.is_for(device) and (self.automatic_on is None or device in self.automatic_on)
+
+    def cannot_load(self) -> str | None:
+        """Why a package that it calls is of no use here, or None.
+
+        May import the package, so only a kernel that would be taken is asked.
+        """
+        return None
 
     def how(self, problem: ExpertsProblem) -> str | None:
         """How it runs the problem on this machine, in a few words, where there is a choice."""
@@ -118,6 +132,25 @@ class ExpertsKernel(ABC):
             (M, H) in the rows' dtype; with `reduce=False` the terms (M, K, H) in fp32 (float64 for
             rows of float64).
         """
+
+
+class StoredWeightsKernel(ExpertsKernel):
+    """A kernel that reads the weights where they are stored: nothing is copied or freed."""
+
+    shares_memory: ClassVar[bool] = True
+
+    def pack(
+        self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
+    ) -> ExpertWeights:
+        return weights.rounded_for(activation_dtype)
+
+    def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
+        assert isinstance(packed, ExpertWeights)
+        return packed
+
+    def slots(self, packed: Any) -> dict[str, Tensor]:
+        assert isinstance(packed, ExpertWeights)
+        return packed.slots()
 
 
 def in_words(roundings: tuple[ActivationScheme, ...]) -> str | None:

@@ -37,9 +37,30 @@ def _triton() -> ExpertsKernel:
     return TritonKernel()
 
 
+def _grouped_mm() -> ExpertsKernel:
+    from mixtura.kernels.grouped_mm import GroupedMmKernel
+
+    return GroupedMmKernel()
+
+
+def _deep_gemm() -> ExpertsKernel:
+    from mixtura.kernels.deep_gemm import DeepGemmKernel
+
+    return DeepGemmKernel()
+
+
+def _flashinfer() -> ExpertsKernel:
+    from mixtura.kernels.flashinfer import FlashInferKernel
+
+    return FlashInferKernel()
+
+
 _LOADERS: dict[str, Callable[[], ExpertsKernel]] = {
     "cpu": _cpu,
     "triton": _triton,
+    "grouped_mm": _grouped_mm,
+    "deep_gemm": _deep_gemm,
+    "flashinfer": _flashinfer,
     "torch": _torch,
     "reference": _reference,
 }
@@ -141,12 +162,17 @@ def select_kernel(
         reason = candidate.unsupported(problem)
         if reason is None and kernel not in (None, name):
             reason = f"kernel={kernel!r} was asked for"
+        is_automatic = candidate.is_automatic(problem.device)
+        if reason is None and kernel is None and not is_automatic:
+            reason = f"runs on {problem.device} only when asked for: kernel={name!r}"
         if reason is None and taken is not None:
             reason = f"{taken.name} is preferred"
         if reason is None:
+            reason = candidate.cannot_load()
+        if reason is None:
             taken = candidate
         else:
-            is_passed_over = taken is None and kernel is None and candidate.is_for(problem.device)
+            is_passed_over = taken is None and kernel is None and is_automatic
             is_fallback = is_fallback or is_passed_over
             rejections.append(Rejection(name, reason))
     if taken is None or (strict and is_fallback):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mixtura.config import ActivationDtype, ExpertsConfig, GateUp, WeightOn
-from mixtura.kernels.contract import STATIC_CODES, ExpertsKernel, in_words, sum_dtype
+from mixtura.config import ActivationDtype, GateUp, WeightOn
+from mixtura.kernels.contract import STATIC_CODES, StoredWeightsKernel, in_words, sum_dtype
 from mixtura.kernels.reference.activation import activate, split_gate_up
 from mixtura.kernels.reference.linear import matrix_vector
 from mixtura.kernels.reference.norm import post_norm
@@ -44,7 +44,7 @@ def run_expert(weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
     return out
 
 
-class ReferenceKernel(ExpertsKernel):
+class ReferenceKernel(StoredWeightsKernel):
     """A loop over rows and slots: slow, differentiable, bitwise independent of batch and threads.
 
     Rows of float64 are computed in float64, all others in fp32.
@@ -53,7 +53,6 @@ class ReferenceKernel(ExpertsKernel):
     name: ClassVar[str] = "reference"
     has_backward: ClassVar[bool] = True
     is_row_invariant: ClassVar[bool] = True
-    shares_memory: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (ActivationDtype.BF16,)
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
 
@@ -64,19 +63,6 @@ class ReferenceKernel(ExpertsKernel):
 
     def how(self, problem: ExpertsProblem) -> str | None:
         return in_words(problem.roundings)
-
-    def pack(
-        self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
-    ) -> ExpertWeights:
-        return weights.rounded_for(activation_dtype)
-
-    def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
-        assert isinstance(packed, ExpertWeights)
-        return packed
-
-    def slots(self, packed: Any) -> dict[str, Tensor]:
-        assert isinstance(packed, ExpertWeights)
-        return packed.slots()
 
     def run(
         self,
