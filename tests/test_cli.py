@@ -436,7 +436,7 @@ def test_a_file_is_no_model(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told", "code"),
     [
-        (("--kernel", "nonsense"), "must be one of cpu, grouped_mm", 1),
+        (("--kernel", "nonsense"), "must be one of cpu, triton, grouped_mm", 1),
         (("--device", "gpuu"), "must be cpu, cuda or cuda:N", 1),
         (("--device", "meta"), "must be cpu, cuda or cuda:N", 1),
         (("--device", "cuda:99"), "must be on this machine", 1),

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
-from mixtura.kernels.contract import ExpertsKernel
+from mixtura.config import WeightOn
+from mixtura.kernels.contract import StoredWeightsKernel
 from mixtura.kernels.triton.device import missing
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
@@ -21,12 +21,11 @@ MAX_POST_NORM_SIZE = 16384
 """Columns that one program can hold at once."""
 
 
-class TritonKernel(ExpertsKernel):
+class TritonKernel(StoredWeightsKernel):
     """Dense bf16 and fp16 experts on a GPU; the weights stay as they are stored."""
 
     name: ClassVar[str] = "triton"
     devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
-    shares_memory: ClassVar[bool] = True
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         reason = missing()
@@ -42,19 +41,6 @@ class TritonKernel(ExpertsKernel):
         if config.post_norm is not None and config.hidden_size > MAX_POST_NORM_SIZE:
             return f"norms rows of up to {MAX_POST_NORM_SIZE} columns, not {config.hidden_size}"
         return None
-
-    def pack(
-        self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
-    ) -> ExpertWeights:
-        return weights
-
-    def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
-        assert isinstance(packed, ExpertWeights)
-        return packed
-
-    def slots(self, packed: Any) -> dict[str, Tensor]:
-        assert isinstance(packed, ExpertWeights)
-        return packed.slots()
 
     def run(
         self,

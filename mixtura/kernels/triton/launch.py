@@ -270,7 +270,7 @@ class Call:
                 return gate_up, gate_up
             case "separate":
                 assert weights.up_proj is not None
-                return gate_up, weights.up_proj.values
+                return gate_up, with_strides_of(gate_up, weights.up_proj.values)
             case _:
                 return gate_up, None
 
@@ -371,6 +371,13 @@ def activation_constants(activation: Activation) -> tuple[Any, ...]:
         activation.gate_softcap or 0.0,
         activation.up_softcap or 0.0,
     )
+
+
+def with_strides_of(other: Tensor, weight: Tensor) -> Tensor:
+    """A matrix laid out as the other is: itself, or, where somebody stored them unlike, a copy."""
+    if weight.stride() == other.stride():
+        return weight
+    return torch.empty_like(other).copy_(weight)
 
 
 def way_to_read(weight: Tensor, blocks: Blocks) -> str:

@@ -33,7 +33,7 @@ def tile_entry(tiles_ptr, tile):
 def read_rows(
     rows, is_row, k, NUM_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """Columns k .. of the rows that pointers (T, 1) begin: (T, BLOCK_K), 0 where there is nothing."""
+    """Columns k .. of the rows that pointers (T, 1) begin: (T, BLOCK_K), 0 behind the last."""
     columns = k + tl.arange(0, BLOCK_K)
     mask = is_row[:, None]
     if NUM_COLUMNS % BLOCK_K != 0:
