@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from mixtura import SWIGLU_OAI, ExpertsConfig
+from mixtura import SWIGLU_OAI, ExpertsConfig, RoutingConfig
 from mixtura.bench import choices, contenders, experts, machine, measure
 from mixtura.bench import weights as weight_sets
 from mixtura.bench.cases import Case, LayerShape, find_shape
@@ -57,7 +57,7 @@ MACHINE = Machine(
 )
 GPT_OSS = LayerShape(
     name="small-gpt-oss",
-    top_k=2,
+    routing=RoutingConfig(num_experts=4, top_k=2),
     experts=ExpertsConfig(
         num_experts=4,
         hidden_size=64,
@@ -149,7 +149,7 @@ def test_not_a_number_is_wrong() -> None:
 
 
 def test_a_peer_that_would_copy_too_much_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_experts, "available_memory", lambda: 2**10)
+    monkeypatch.setattr(transformers_experts, "free_bytes", lambda device: 2**10)
     result = run(tiny(), "torch", "batched_mm")
     ours, theirs = result.contenders
     assert ours.timing is not None
@@ -272,7 +272,7 @@ def test_every_layer_runs_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -
             return call
 
     def no_timing(calls: object, *, seconds: float) -> dict[str, Timing]:
-        return {"wrong": Timing(1.0, 1.0, 1.0, 1, 0)}
+        return {"wrong": Timing((1.0,))}
 
     monkeypatch.setattr(experts, "interleave", no_timing)
     run_case(tiny(), [Noting()], MACHINE, seconds=0.0)
@@ -304,9 +304,11 @@ def test_contenders_take_turns() -> None:
 
 def test_disturbed_samples_are_left_out_where_enough_others_are_there() -> None:
     enough = measure._Samples(quiet=[1.0] * measure.MIN_REPETITIONS, disturbed=[9.0, 9.0])
-    assert enough.timing() == measure.Timing(1.0, 1.0, 1.0, measure.MIN_REPETITIONS, 2)
+    assert enough.timing() == Timing((1.0,) * measure.MIN_REPETITIONS, disturbed=2)
     too_few = measure._Samples(quiet=[1.0], disturbed=[9.0, 9.0])
-    assert too_few.timing() == measure.Timing(9.0, 1.0, 9.0, 3, 0)
+    found = too_few.timing()
+    assert (found.median, found.minimum, found.maximum, found.repetitions) == (9.0, 1.0, 9.0, 3)
+    assert found.disturbed == 0
 
 
 # -------------------------------------------------------------------------------------- the floor
@@ -540,7 +542,7 @@ def result_of(tokens: int, *fractions: tuple[str, bool, float]) -> CaseResult:
 
     def contender(name: str, is_ours: bool, fraction: float) -> ContenderResult:
         seconds = 1.0 / fraction
-        timing = Timing(seconds, seconds, seconds, 5, 0)
+        timing = Timing((seconds,) * 5)
         return ContenderResult(
             name=name, kernel=name, weights="bf16", is_ours=is_ours, timing=timing, is_correct=True
         )

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mixtura.bench.machine import Arithmetic
-from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp, require_positive
+from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp, RoutingConfig, require_positive
+from mixtura.config.routing import (
+    GroupLimit,
+    NoComputeExperts,
+    NoComputeKind,
+    Renormalize,
+    ScoreFunction,
+    ScoreOrder,
+    SelectionBias,
+)
 from mixtura.errors import ConfigError
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.scheme import Code, QuantScheme
@@ -16,11 +26,16 @@ from mixtura.types import ExpertBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """The routed experts of one layer of a known model, and how many of them a token visits."""
+    """The routed experts of one layer of a known model, and the rule by which tokens visit them."""
 
     name: str
-    top_k: int
     experts: ExpertsConfig
+    routing: RoutingConfig
+
+    @property
+    def top_k(self) -> int:
+        """K, choices of a token; some may need no arithmetic."""
+        return self.routing.top_k
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -46,7 +61,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One point of a benchmark: a layer's shape, a number of tokens, a weight format.
+    """One point of a benchmark: a layer's shape, a number of tokens, a weight format, a device.
 
     Raises:
         ConfigError: there is no token.
@@ -55,6 +70,7 @@ class Case:
     shape: LayerShape
     num_tokens: int
     weights: WeightFormat
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         require_positive("tokens", self.num_tokens)
@@ -80,13 +96,15 @@ class Case:
 
     @property
     def num_slots(self) -> int:
-        """T * K rows that go through an expert."""
+        """T * K choices."""
         return self.num_tokens * self.shape.top_k
 
     @property
     def flops(self) -> int:
-        """Of all products: two per weight and slot."""
-        return 2 * self.num_slots * self.shape.weights_per_expert
+        """Of all products: two per weight and slot that an expert computes, as many as expected."""
+        rule = self.shape.routing
+        num_rows = self.num_slots * rule.num_experts // rule.num_choices
+        return 2 * num_rows * self.shape.weights_per_expert
 
     @property
     def expert_bytes(self) -> int:
@@ -95,40 +113,69 @@ class Case:
 
     def bytes_touched(self, batch: ExpertBatch) -> int:
         """Bytes of the projections of the experts that a batch visits."""
-        return int(torch.unique(batch.local_ids).numel()) * self.expert_bytes
+        ids = batch.local_ids
+        return int(torch.unique(ids[ids >= 0]).numel()) * self.expert_bytes
 
     def __str__(self) -> str:
         return f"{self.shape.name}, {self.weights.value}, T={self.num_tokens}"
 
 
-def _shape(name: str, num_experts: int, top_k: int, hidden: int, intermediate: int) -> LayerShape:
+def _shape(
+    name: str, num_experts: int, top_k: int, hidden: int, intermediate: int, **rule: Any
+) -> LayerShape:
+    """Plain experts; softmax and renormalized where the rule says nothing else."""
     experts = ExpertsConfig(
         num_experts=num_experts, hidden_size=hidden, intermediate_size=intermediate
     )
-    return LayerShape(name=name, top_k=top_k, experts=experts)
+    rule = rule or {"renormalize": Renormalize.SUM}
+    routing = RoutingConfig(num_experts=num_experts, top_k=top_k, **rule)
+    return LayerShape(name=name, experts=experts, routing=routing)
 
 
-_GPT_OSS = ExpertsConfig(
-    num_experts=32,
-    hidden_size=2880,
-    intermediate_size=2880,
-    activation=SWIGLU_OAI,
-    gate_up=GateUp.INTERLEAVED,
-    is_transposed=True,
-    has_bias=True,
-)
+def _gpt_oss(name: str, num_experts: int) -> LayerShape:
+    """The softmax over the chosen experts; gate and up in turn, biases."""
+    experts = ExpertsConfig(
+        num_experts=num_experts,
+        hidden_size=2880,
+        intermediate_size=2880,
+        activation=SWIGLU_OAI,
+        gate_up=GateUp.INTERLEAVED,
+        is_transposed=True,
+        has_bias=True,
+    )
+    routing = RoutingConfig(num_experts=num_experts, top_k=4, score_order=ScoreOrder.AFTER_TOP_K)
+    return LayerShape(name=name, experts=experts, routing=routing)
+
+
+def _deepseek_v3(name: str, num_experts: int, num_expert_groups: int) -> LayerShape:
+    """Sigmoid, a bias on the choice, and half of the groups; a slice keeps groups of 32."""
+    groups = GroupLimit(num_expert_groups=num_expert_groups, topk_groups=num_expert_groups // 2)
+    rule: dict[str, Any] = {"groups": groups, "score": ScoreFunction.SIGMOID, "scale": 2.5}
+    rule |= {"selection_bias": SelectionBias.ON_SCORE, "renormalize": Renormalize.SUM}
+    return _shape(name, num_experts, 8, 7168, 2048, **rule)
+
+
+_LONGCAT: dict[str, Any] = {
+    "selection_bias": SelectionBias.ON_SCORE,
+    "scale": 6.0,
+    "no_compute": NoComputeExperts(kind=NoComputeKind.IDENTITY, count=256),
+}
+"""12 of 768 choices, of which 256 return their input."""
 
 SHAPES: dict[str, LayerShape] = {
     shape.name: shape
     for shape in (
         _shape("tiny", 32, 4, 64, 32),  # nothing but the cost of a call
-        _shape("olmoe", 64, 8, 2048, 1024),
+        _shape("olmoe", 64, 8, 2048, 1024, renormalize=Renormalize.NONE),
         _shape("qwen3-30b-a3b", 128, 8, 2048, 768),
-        _shape("qwen1.5-moe-a2.7b", 60, 4, 2048, 1408),
+        _shape("qwen1.5-moe-a2.7b", 60, 4, 2048, 1408, renormalize=Renormalize.NONE),
         _shape("qwen3-next-80b-a3b", 512, 10, 2048, 512),
-        LayerShape(name="gpt-oss-20b", top_k=4, experts=_GPT_OSS),
+        _gpt_oss("gpt-oss-20b", 32),
+        _gpt_oss("gpt-oss-120b", 128),
         _shape("mixtral", 8, 2, 4096, 14336),
-        _shape("deepseek-v3-slice", 64, 8, 7168, 2048),  # one of four ranks
+        _deepseek_v3("deepseek-v3", 256, 8),
+        _deepseek_v3("deepseek-v3-slice", 64, 2),  # one of four ranks
+        _shape("longcat-flash", 512, 12, 6144, 2048, **_LONGCAT),
     )
 }
 """Layer shapes by name (source: the models' configurations)."""
@@ -167,7 +214,7 @@ def parse_weights(text: str) -> list[WeightFormat]:
     return list(dict.fromkeys(WeightFormat.parse(part.strip()) for part in text.split(",")))
 
 
-def find_cases(shapes: list[str], weights: str, tokens: str) -> list[Case]:
+def find_cases(shapes: list[str], weights: str, tokens: str, device: str = "cpu") -> list[Case]:
     """Every combination, tokens fastest, so that the weights of a layer are made once.
 
     Raises:
@@ -176,7 +223,7 @@ def find_cases(shapes: list[str], weights: str, tokens: str) -> list[Case]:
     layers = [find_shape(name) for name in dict.fromkeys(shapes)]
     formats, counts = parse_weights(weights), parse_tokens(tokens)
     return [
-        Case(shape=layer, num_tokens=count, weights=format)
+        Case(shape=layer, num_tokens=count, weights=format, device=device)
         for layer in layers
         for format in formats
         for count in counts

@@ -23,6 +23,10 @@ COLOURS = ("#2f6fbb", "#d1622b", "#3a8f4d", "#8a4fa3", "#b8860b", "#4b5563", "#c
 """One for each weight format, in the order in which they come."""
 
 
+Points = list[tuple[int, float, float | None]]
+"""Tokens, a fraction of the floor, and the best peer's where that is drawn beside it."""
+
+
 def require_matplotlib() -> None:
     """Raise `MissingDependency` unless charts can be drawn."""
     _matplotlib("figure")
@@ -41,7 +45,14 @@ def save_chart(results: Sequence[CaseResult], path: str | Path) -> None:
         MissingDependency: matplotlib is not installed.
         InputError: nothing was measured, or the file cannot be written.
     """
-    lines = _lines(results)
+    draw_lines(_lines(results), path, "Experts of one layer: fraction of the machine's floor")
+
+
+def draw_lines(lines: dict[tuple[str, str], Points], path: str | Path, title: str) -> None:
+    """Draw lines, by panel and label, into a PNG file.
+
+    Raises: as `save_chart` does.
+    """
     if not lines:
         raise InputError("a chart must have a case to show; got none. Measure one first.")
     shapes = list(dict.fromkeys(shape for shape, _ in lines))
@@ -72,17 +83,13 @@ def save_chart(results: Sequence[CaseResult], path: str | Path) -> None:
         frameon=False,
         fontsize=9,
     )
-    figure.suptitle("Experts of one layer: fraction of the machine's floor", color=INK, fontsize=12)
+    figure.suptitle(title, color=INK, fontsize=12)
     try:
         figure.savefig(path, dpi=DPI, format="png", facecolor="#ffffff")
     except OSError as error:
         raise InputError(
             f"the chart ({path}) must be writable; got {error.strerror}. Choose another path."
         ) from None
-
-
-Points = list[tuple[int, float, float | None]]
-"""Tokens, our fraction of the floor, and the best peer's."""
 
 
 def _lines(results: Sequence[CaseResult]) -> dict[tuple[str, str], Points]:

@@ -7,20 +7,31 @@ from mixtura.bench.peers.onnxruntime_moe import NAME as ONNX
 from mixtura.bench.peers.onnxruntime_moe import OnnxContender
 from mixtura.bench.peers.transformers_experts import (
     COMPILED,
+    HUB_KERNELS,
     IMPLEMENTATIONS,
     TransformersContender,
 )
 from mixtura.errors import ConfigError
-from mixtura.kernels import kernel_names
+from mixtura.kernels import get_kernel, kernel_names
 
 PEERS: dict[str, Contender] = {
-    **{name: TransformersContender(name) for name in (*IMPLEMENTATIONS, COMPILED)},
+    **{name: TransformersContender(name) for name in (*IMPLEMENTATIONS, *HUB_KERNELS, COMPILED)},
     ONNX: OnnxContender(),
 }
 """What ours are measured against."""
 
 DEFAULT = (PREFERRED, "eager", "grouped_mm", COMPILED, ONNX)
-"""Who runs where nobody is named; plain batched_mm is slower than eager wherever it was timed."""
+"""Who runs on a CPU where nobody is named; plain batched_mm is slower than eager wherever it was
+timed."""
+
+
+def default_on_gpu() -> list[str]:
+    """Who runs on a GPU where nobody is named: every kernel of ours that is written for it.
+
+    Where none is, the one that is chosen; and what Transformers has.
+    """
+    written = [name for name in kernel_names() if "cuda" in (get_kernel(name).devices or ())]
+    return [*(written or [PREFERRED]), "grouped_mm", "batched_mm", "eager", *HUB_KERNELS]
 
 
 def find_contenders(names: list[str]) -> list[Contender]:

@@ -13,14 +13,19 @@ from torch import Tensor
 
 from mixtura.bench.cases import Case
 from mixtura.bench.machine import available_memory
+from mixtura.bench.plain_router import PlainRouter
 from mixtura.bench.weights import LayerWeights, num_weight_sets
 from mixtura.errors import InputError, NoKernelFits
 from mixtura.experts import ExpertsOptions, RoutedExperts
 from mixtura.kernels import get_kernel, select_kernel
-from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.routing import RouterTensors, router_for
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights, Routing
 
 RunBatch = Callable[[Any], Tensor]
 """What `prepare` has made of a batch -> (M,H)."""
+
+Route = Callable[[Tensor], Routing]
+"""Router logits (T, choices) -> which experts, with what weight."""
 
 PREFERRED = "mixtura"
 """The name of whichever of our kernels is chosen when none is asked for."""
@@ -92,6 +97,14 @@ class Contender(ABC):
         """The batch in the form in which this contender is given it in practice."""
         return batch
 
+    def route(self, case: Case, tensors: RouterTensors) -> Route:
+        """How it chooses experts, where a layer is measured from its logits on."""
+        return PlainRouter(case.shape.routing, tensors).route
+
+    def rounds_once(self, case: Case) -> bool:
+        """Whether it keeps fp32 between the products, as kernels written for a device do."""
+        return False
+
 
 @dataclass(frozen=True)
 class KernelContender(Contender):
@@ -112,6 +125,12 @@ class KernelContender(Contender):
     def kernel(self, case: Case) -> str:
         return select_kernel(_problem(case)).kernel.name if self.name == PREFERRED else self.name
 
+    def route(self, case: Case, tensors: RouterTensors) -> Route:
+        return router_for(case.shape.routing, tensors).route
+
+    def rounds_once(self, case: Case) -> bool:
+        return case.device in (get_kernel(self.kernel(case)).devices or ())
+
     def holds(self, case: Case) -> str:
         kernel = get_kernel(self.kernel(case))
         return STACKS if kernel.shares_memory else kernel.name
@@ -130,7 +149,7 @@ def _problem(case: Case) -> ExpertsProblem:
         experts=case.shape.experts,
         schemes=(scheme,),
         row_dtype=case.dtype,
-        device="cpu",
+        device=case.device,
     )
 
 

@@ -167,6 +167,14 @@ def cpu_name() -> str:
     return name
 
 
+def free_bytes(device: str) -> int:
+    """Bytes that a type of device has left for tensors."""
+    if device == "cuda":
+        free: int = torch.cuda.mem_get_info()[0]
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return available_memory()
+
+
 def available_memory() -> int:
     """Bytes that this process may still take, caches that the system can give back included."""
     meminfo = Path("/proc/meminfo")

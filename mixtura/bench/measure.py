@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -21,20 +23,50 @@ PATIENCE = 2
 """A contender that is always disturbed is given up after so many times its share of the time."""
 
 
+Clock = Callable[[Callable[[], object]], tuple[float, bool]]
+"""Runs a function: how many seconds it took, and whether something disturbed it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds per call.
 
     Attributes:
-        repetitions: samples that count.
+        samples: those that count, at least one.
         disturbed: samples left out because the operating system took a processor away meanwhile.
     """
 
-    median: float
-    minimum: float
-    maximum: float
-    repetitions: int
-    disturbed: int
+    samples: tuple[float, ...]
+    disturbed: int = 0
+
+    @property
+    def median(self) -> float:
+        """As many samples are below as above."""
+        return statistics.median(self.samples)
+
+    @property
+    def minimum(self) -> float:
+        """The least."""
+        return min(self.samples)
+
+    @property
+    def maximum(self) -> float:
+        """The most."""
+        return max(self.samples)
+
+    @property
+    def repetitions(self) -> int:
+        """Samples that count."""
+        return len(self.samples)
+
+    def percentile(self, percent: int) -> float:
+        """The least sample that is not below so many percent of all (nearest rank)."""
+        rank = math.ceil(percent / 100 * len(self.samples))
+        return sorted(self.samples)[max(rank, 1) - 1]
+
+    def per(self, count: int) -> Timing:
+        """The time of one part of a call that is made of so many alike."""
+        return Timing(tuple(sample / count for sample in self.samples), self.disturbed)
 
 
 @dataclass(slots=True)
@@ -58,32 +90,49 @@ class _Samples:
     def timing(self) -> Timing:
         kept = self.quiet if len(self.quiet) >= MIN_REPETITIONS else self.quiet + self.disturbed
         left_out = len(self.quiet) + len(self.disturbed) - len(kept)
-        return Timing(statistics.median(kept), min(kept), max(kept), len(kept), left_out)
+        return Timing(tuple(kept), left_out)
+
+
+def wall_clock(call: Callable[[], object]) -> tuple[float, bool]:
+    """Seconds that the host waits; disturbed is whose processor was taken away meanwhile."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    start = time.perf_counter()
+    call()
+    elapsed = time.perf_counter() - start
+    return elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != before
 
 
 def interleave(
-    calls: Mapping[str, Callable[[int], object]], *, seconds: float
+    calls: Mapping[str, Callable[[int], object]],
+    *,
+    seconds: float,
+    clock: Clock = wall_clock,
+    warm_up: float = 0.0,
 ) -> dict[str, Timing]:
     """Time functions in turn, so that a slow minute of the machine hits all of them.
 
     Args:
         calls: by name; given a number that grows by one from call to call, whoever is called.
         seconds: for all together; every function gets the same share, and a few calls at least.
+        clock: what a call takes.
+        warm_up: seconds of calls in turn before the first that counts; one round at least.
     """
     share = seconds / len(calls)
     samples = {name: _Samples([], []) for name in calls}
     names = list(calls)
     number = 0
-    for call in calls.values():  # the first call packs weights and fills caches
-        call(number)
-        number += 1
+    warmed = 0.0
+    while number == 0 or warmed < warm_up:  # the first call packs weights and fills caches
+        for call in calls.values():
+            warmed += clock(partial(call, number))[0]
+            number += 1
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         while due := [name for name in names if samples[name].wants_more(share)]:
             names = names[1:] + names[:1]
             for name in due:
-                _sample(calls[name], number, samples[name])
+                _sample(clock, partial(calls[name], number), samples[name])
                 number += 1
     finally:
         if was_enabled:
@@ -91,13 +140,9 @@ def interleave(
     return {name: samples[name].timing() for name in calls}
 
 
-def _sample(call: Callable[[int], object], number: int, samples: _Samples) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    start = time.perf_counter()
-    call(number)
-    elapsed = time.perf_counter() - start
-    preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != before
-    (samples.disturbed if preempted else samples.quiet).append(elapsed)
+def _sample(clock: Clock, call: Callable[[], object], samples: _Samples) -> None:
+    elapsed, is_disturbed = clock(call)
+    (samples.disturbed if is_disturbed else samples.quiet).append(elapsed)
     samples.spent += elapsed
 
 

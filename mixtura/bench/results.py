@@ -14,12 +14,13 @@ from mixtura.bench.measure import Timing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """The least time that the machine allows: `max(weight_bytes / bandwidth, flops / peak)`.
+    """The least time that the machine allows: `max(bytes / bandwidth, flops / peak)`.
 
     Attributes:
         weight_bytes: stored bytes of the experts that are visited, the mean over the routings.
         bandwidth_before, bandwidth_after: bytes per second, probed beside the case.
         peak: operations per second of the arithmetic that the format allows.
+        row_bytes: of hidden states read and written once, where memory holds them and no cache.
     """
 
     weight_bytes: int
@@ -27,6 +28,7 @@ class Floor:
     bandwidth_before: float
     bandwidth_after: float
     peak: float
+    row_bytes: int = 0
 
     @property
     def bandwidth(self) -> float:
@@ -40,12 +42,17 @@ class Floor:
     @property
     def seconds(self) -> float:
         """The floor itself."""
-        return max(self.weight_bytes / self.bandwidth, self.flops / self.peak)
+        return max(self.memory_seconds, self.flops / self.peak)
+
+    @property
+    def memory_seconds(self) -> float:
+        """What reading and writing take."""
+        return (self.weight_bytes + self.row_bytes) / self.bandwidth
 
     @property
     def limited_by(self) -> str:
         """ "memory" or "compute", whichever of the two takes longer."""
-        is_memory = self.weight_bytes / self.bandwidth >= self.flops / self.peak
+        is_memory = self.memory_seconds >= self.flops / self.peak
         return "memory" if is_memory else "compute"
 
 

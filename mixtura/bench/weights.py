@@ -16,9 +16,6 @@ from mixtura.quant.matrix import QuantizedMatrix, dense, dequantize
 from mixtura.quant.quantize import quantize
 from mixtura.types import ExpertBatch, ExpertWeights
 
-WEIGHT_SCALE = 0.02
-"""Standard deviation of random weights: that of most models' initialisation."""
-
 BIAS_SCALE = 0.1
 """Standard deviation of random biases; small beside the products, so that those are what counts."""
 
@@ -43,23 +40,27 @@ class LayerWeights:
     Expert e of layer j has the drawn expert's rows in another order (its blocks of rows, where
     rows share scales), at addresses of its own: as good for a measurement as experts that are
     drawn, and much faster to make, since quantizing is slow. So the truth is quick, too: an
-    expert's fp32 weights are those of the drawn one, reordered.
+    expert's fp32 weights are those of the drawn one, reordered. Weights are N(0, 1/sqrt(fan-in)),
+    so that rows keep their size from product to product.
     """
 
-    def __init__(self, shape: LayerShape, format: WeightFormat, seed: int = 0) -> None:
+    def __init__(
+        self, shape: LayerShape, format: WeightFormat, seed: int = 0, device: str = "cpu"
+    ) -> None:
         self.shape = shape
         self.format = format
         self.dtype = torch.bfloat16 if format.scheme.is_quantized else format.scheme.values_dtype
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         self._drawn: dict[str, QuantizedMatrix] = {}
         self._true: dict[str, Tensor] = {}
         for role, size in shape.matrices.items():
-            weight = torch.randn(size, generator=generator).mul_(WEIGHT_SCALE)
+            weight = torch.randn(size, generator=generator, device=device).mul_(size[1] ** -0.5)
             self._drawn[role] = quantize(weight, format)
         self._biases: dict[str, Tensor] = {}
         if shape.experts.has_bias:
             for role, of in (("gate_up_bias", "gate_up_proj"), ("down_bias", "down_proj")):
-                bias = torch.randn(shape.matrices[of][0], generator=generator).mul_(BIAS_SCALE)
+                rows = shape.matrices[of][0]
+                bias = torch.randn(rows, generator=generator, device=device).mul_(BIAS_SCALE)
                 self._biases[role] = bias.to(self.dtype)
 
     def stacks(self, layer: int) -> ExpertWeights:
@@ -158,26 +159,34 @@ def random_batches(case: Case, num_batches: int, seed: int) -> list[ExpertBatch]
     """Batches with routings of their own: K different experts to a token, all equally likely.
 
     Routing weights are softmax weights rounded to the case's dtype, so that contenders which take
-    them in that dtype compute the same thing.
+    them in that dtype compute the same thing. A choice without arithmetic is -1, of weight 0.
     """
     generator = torch.Generator().manual_seed(seed)
     num_experts, top_k = case.shape.experts.num_experts, case.shape.top_k
+    num_choices = case.shape.routing.num_choices
     batches = []
     for _ in range(num_batches):
         hidden = torch.randn(
             case.num_tokens, case.shape.experts.hidden_size, generator=generator
         ).to(case.dtype)
-        scores = torch.randn(case.num_tokens, num_experts, generator=generator)
+        scores = torch.randn(case.num_tokens, num_choices, generator=generator)
         weights, ids = scores.softmax(-1).topk(top_k)
         weights = (weights / weights.sum(-1, keepdim=True)).to(case.dtype).float()
+        is_none = ids >= num_experts
+        ids, weights = ids.masked_fill(is_none, -1), weights.masked_fill(is_none, 0.0)
         batches.append(ExpertBatch(hidden, ids.int(), weights))
     return batches
 
 
 def num_weight_sets(case: Case, expert_bytes: int) -> int:
     """Layers to rotate through so that weights come from memory; those of small layers do not."""
+    return num_cold_sets(case, expert_bytes, max(COLD_BYTES, COLD_CACHES * last_level_bytes()))
+
+
+def num_cold_sets(case: Case, expert_bytes: int, cold_bytes: int) -> int:
+    """Layers that a case must rotate through until so many bytes of weights have been touched."""
     touched = min(case.num_slots, case.shape.experts.num_experts) * expert_bytes
-    return min(MOST_SETS, math.ceil(max(COLD_BYTES, COLD_CACHES * last_level_bytes()) / touched))
+    return min(MOST_SETS, math.ceil(cold_bytes / touched))
 
 
 def last_level_bytes() -> int:

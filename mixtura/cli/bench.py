@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -34,24 +35,43 @@ class Subject(StrEnum):
     GENERATE = "generate"
 
 
+class DeviceType(StrEnum):
+    """Where it is measured."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 def bench(
     subject: Annotated[
         Subject, typer.Argument(help="The experts of one layer, or text from a whole model.")
     ] = Subject.EXPERTS,
+    device: Annotated[
+        DeviceType | None,
+        typer.Option(
+            help="experts: cuda measures layers, from router logits on, in CUDA graphs. Default: "
+            "cpu."
+        ),
+    ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(help=f"experts: a layer's shape, repeatable. Default: {DEFAULT_SHAPE}."),
+        typer.Option(
+            help=f"experts: a layer's shape, repeatable. Default: {DEFAULT_SHAPE}; cuda: "
+            "qwen3-30b-a3b."
+        ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
             help=f"Weight formats, with commas; generate: one. Default: {DEFAULT_WEIGHTS}; "
-            "generate: as stored."
+            "cuda: bf16; generate: as stored."
         ),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help=f"experts: numbers of tokens. Default: {DEFAULT_TOKENS}."),
+        typer.Option(
+            help=f"experts: numbers of tokens. Default: {DEFAULT_TOKENS}; cuda: 1 to 16384."
+        ),
     ] = None,
     contender: Annotated[
         list[str] | None,
@@ -65,6 +85,19 @@ def bench(
         typer.Option(min=0.0, help=f"experts: for each case. Default: {DEFAULT_SECONDS:g}."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="experts: draw the results here.")] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda: how choices spread over experts, uniform or zipf. Default: uniform."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="cuda: the file of results; a run goes on with what is in it."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="cuda: begin no case that would end later.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="generate: a directory or hub id. Default: the model in the box."),
@@ -88,7 +121,7 @@ def bench(
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print a line of JSON for each case; tables go to stderr."),
+        typer.Option("--json", help="Print a line of JSON for each result; tables go to stderr."),
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -99,17 +132,24 @@ def bench(
     """
     for_experts = {
         "--shape": shape, "--tokens": tokens, "--contender": contender, "--seconds": seconds,
-        "--png": png,
+        "--png": png, "--device": device,
     }  # fmt: skip
     for_generate = {
         "--model": model, "--linears": linears, "--prompt-tokens": prompt_tokens,
         "--new-tokens": new_tokens,
     }  # fmt: skip
-    is_experts = subject is Subject.EXPERTS
-    for name, value in (for_generate if is_experts else for_experts).items():
-        if value is not None:
-            other = Subject.GENERATE if is_experts else Subject.EXPERTS
-            raise typer.TyperException(f"{name} goes with 'mixtura bench {other}'.")
+    for_cpu = {"--threads": threads, "--path": path}
+    for_cuda = {"--routing": routing, "--out": out, "--minutes": minutes}
+    is_experts, is_cuda = subject is Subject.EXPERTS, device is DeviceType.CUDA
+    other = Subject.GENERATE if is_experts else Subject.EXPERTS
+    refuse(for_generate if is_experts else for_experts, f"mixtura bench {other}")
+    refuse(for_cpu if is_cuda else for_cuda, f"--device {'cpu' if is_cuda else 'cuda'}")
+    if is_cuda:
+        asked = {
+            "shapes": shape, "weights": weights, "tokens": tokens, "contenders": contender,
+            "seconds": seconds, "png": png, "routing": routing, "out": out, "minutes": minutes,
+        }  # fmt: skip
+        return bench_cuda(asked, as_json=as_json)
     with quiet(debug):
         import torch
     if threads is not None:
@@ -134,6 +174,23 @@ def bench(
                 as_json=as_json,
                 debug=debug,
             )
+
+
+def refuse(options: Mapping[str, object], place: str) -> None:
+    """A usage error where an option is given that has no meaning here, and where it has one."""
+    for name, value in options.items():
+        if value is not None:
+            raise typer.TyperException(f"{name} goes with '{place}'.")
+
+
+def bench_cuda(options: Mapping[str, Any], *, as_json: bool) -> None:
+    """Measure layers on a GPU; options that are None have the defaults of `GpuOptions`."""
+    from mixtura.bench.gpu.command import GpuOptions, bench_gpu
+
+    given = {name: value for name, value in options.items() if value is not None}
+    status = bench_gpu(GpuOptions(**given, as_json=as_json))
+    if status:
+        raise typer.Exit(status)
 
 
 def on_path(path: str | None) -> AbstractContextManager[None]:

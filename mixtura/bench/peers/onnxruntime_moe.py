@@ -45,6 +45,8 @@ class OnnxContender(Contender):
         if missing:
             return f"{' and '.join(missing)} not installed"
         scheme, experts = case.weights.scheme, case.shape.experts
+        if case.shape.routing.no_compute is not None:
+            return "its operators have no experts without arithmetic"
         if scheme.is_quantized and (scheme.code, scheme.zero_point) != (Code.INT, ZeroPoint.MID):
             return f"its operators read no {case.weights.value} on CPUs"
         columns = scheme.group_shape[1]

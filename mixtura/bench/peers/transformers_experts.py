@@ -1,7 +1,12 @@
-"""The experts implementations of Transformers, which read dense weights."""
+"""The experts implementations of Transformers, which read dense weights.
+
+Transformers is imported when a contender is first asked about a case: peers are optional.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from mixtura.bench.cases import Case
 from mixtura.bench.contenders import STACKS, Contender, Layer, RunBatch
-from mixtura.bench.machine import available_memory
+from mixtura.bench.machine import free_bytes
 from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp
 from mixtura.experts.storage import default_storage, tensor_of
 from mixtura.quant.formats import WeightFormat
@@ -23,11 +26,20 @@ from mixtura.types import ExpertBatch
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 """Those that run on any device."""
 
+HUB_KERNELS = ("sonicmoe", "deepgemm")
+"""Those that run a kernel which the package `kernels` fetches, on GPUs alone."""
+
 COMPILED = "batched_mm-compiled"
 """batched_mm under `torch.compile`, which needs no copy; its first call takes a while."""
 
 COMPILED_TOKENS = 16
 """Compiled, it is for few tokens: at 16 it was slower than the others (13 against 10 times)."""
+
+MODULES = {
+    "Qwen3MoeExperts": "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "GptOssExperts": "transformers.models.gpt_oss.modeling_gpt_oss",
+}
+"""Where the modules are."""
 
 MEMORY_SHARE = 0.5
 """It may take this much of the free memory for copies of weights."""
@@ -44,14 +56,21 @@ class TransformersContender(Contender):
     is_ours: bool = False
 
     def refusal(self, case: Case) -> str | None:
-        if _module_class(case.shape.experts) is None:
+        name = _module_name(case.shape.experts)
+        if name is None:
             return "Transformers has no module for these experts here"
+        try:
+            importlib.import_module(MODULES[name])
+        except ImportError as error:
+            return f"Transformers cannot be imported: {error}"
+        if self.name in HUB_KERNELS and (reason := _no_hub_kernel(case.device)):
+            return reason
         if self.name == COMPILED:
             is_small = case.num_tokens <= COMPILED_TOKENS
             return None if is_small else f"is for at most {COMPILED_TOKENS} tokens"
         # It copies the first projection of every slot's expert: two thirds of a gated expert.
         copied = case.num_slots * self.expert_bytes(case) * 2 // 3
-        if self.name == "batched_mm" and copied > MEMORY_SHARE * available_memory():
+        if self.name == "batched_mm" and copied > MEMORY_SHARE * free_bytes(case.device):
             return f"copies {copied / 1e9:.0f} GB of weights"
         return None
 
@@ -67,12 +86,14 @@ class TransformersContender(Contender):
 
     def bind(self, layer: Layer) -> RunBatch:
         config = layer.case.shape.experts
-        experts = _build(config, self.name.removesuffix("-compiled"))
+        experts: Any = _build(config, self.name.removesuffix("-compiled"))
         for role, stored in default_storage(config).items():
             tensor = tensor_of(layer.dense_stacks, role)
             is_turned = stored.is_transposed and tensor.ndim == 3
             tensor = tensor.transpose(1, 2) if is_turned else tensor
             setattr(experts, stored.path, nn.Parameter(tensor, requires_grad=False))
+        if layer.case.shape.routing.no_compute is not None:
+            experts._is_expert_parallel = True  # then ids may be those of no expert
         run: Any = experts
         if self.name == COMPILED:
             if layer.number == 0:
@@ -87,18 +108,23 @@ class TransformersContender(Contender):
         return run_batch
 
     def prepare(self, case: Case, batch: ExpertBatch) -> ExpertBatch:
-        """The batch as a Transformers router gives it: int64 ids, weights in the rows' dtype."""
-        return ExpertBatch(
-            batch.hidden_states,
-            batch.local_ids.long(),
-            batch.topk_weights.to(batch.hidden_states.dtype),
-        )
+        """The batch as a Transformers router gives it: int64 ids, weights in the rows' dtype.
+
+        No expert is id E there.
+        """
+        ids = batch.local_ids.long()
+        if case.shape.routing.no_compute is not None:
+            ids = torch.where(ids < 0, case.shape.experts.num_experts, ids)
+        weights = batch.topk_weights.to(batch.hidden_states.dtype)
+        return ExpertBatch(batch.hidden_states, ids, weights)
 
 
 def _build(config: ExpertsConfig, implementation: str) -> nn.Module:
     """The module without memory for its weights."""
-    build = _module_class(config)
-    assert build is not None
+    name = _module_name(config)
+    assert name is not None
+    build: Callable[[SimpleNamespace], nn.Module]
+    build = getattr(importlib.import_module(MODULES[name]), name)
     hf_config = SimpleNamespace(
         _experts_implementation=implementation,
         num_experts=config.num_experts,
@@ -114,18 +140,26 @@ def _build(config: ExpertsConfig, implementation: str) -> nn.Module:
         return build(hf_config)
 
 
-def _module_class(config: ExpertsConfig) -> Callable[[SimpleNamespace], nn.Module] | None:
+def _no_hub_kernel(device: str) -> str | None:
+    """Why a kernel of the hub cannot be fetched and run, or None."""
+    if device != "cuda":
+        return "is for GPUs"
+    return None if importlib.util.find_spec("kernels") else "the package kernels is not installed"
+
+
+def _module_name(config: ExpertsConfig) -> str | None:
+    """The module with this arithmetic."""
     plain = ExpertsConfig(
         num_experts=config.num_experts,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
     )
     if config == plain:
-        return Qwen3MoeExperts  # type: ignore[no-any-return]
+        return "Qwen3MoeExperts"
     is_gpt_oss = (config.gate_up, config.is_transposed, config.has_bias, config.activation) == (
         GateUp.INTERLEAVED,
         True,
         True,
         SWIGLU_OAI,
     )
-    return GptOssExperts if is_gpt_oss else None
+    return "GptOssExperts" if is_gpt_oss else None

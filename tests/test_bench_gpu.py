@@ -1,0 +1,1039 @@
+"""Layers on a GPU, without one: a stand-in for the device shows all but CUDA's own calls."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from mixtura.bench import choices, measure
+from mixtura.bench.cases import SHAPES, Case, LayerShape, find_shape
+from mixtura.bench.contenders import Contender, KernelContender, Layer, RunBatch
+from mixtura.bench.gpu import command, device, layer_case, rotation
+from mixtura.bench.gpu.batches import BatchSource, Spread, Truth
+from mixtura.bench.gpu.command import GpuOptions, bench_gpu
+from mixtura.bench.gpu.device import CannotCapture, CudaDevice, Device, DeviceFacts, Graph, Step
+from mixtura.bench.gpu.journal import Journal
+from mixtura.bench.gpu.layer_case import Bench, floor_of, run_case, sets_that_fit
+from mixtura.bench.gpu.limits import NOMINAL, nominal_limits, probe_bandwidth, probe_peak
+from mixtura.bench.gpu.results import LayerResult, Place
+from mixtura.bench.gpu.rotation import Measure, Mode, Rotation, num_steps
+from mixtura.bench.gpu.table import chart_lines, notes, results_table
+from mixtura.bench.measure import Timing, interleave
+from mixtura.bench.plain_router import PlainRouter
+from mixtura.bench.weights import LayerWeights
+from mixtura.cli import app
+from mixtura.errors import ConfigError, InputError
+from mixtura.kernels import get_kernel
+from mixtura.quant.formats import WeightFormat
+from mixtura.routing import router_for
+from mixtura.types import ExpertBatch
+
+ROOT = Path(__file__).parents[1]
+TINY = find_shape("tiny")
+PLACE = Place(device={"name": "a stand-in"}, versions={"torch": "2"}, revision="abc/def")
+
+
+@pytest.fixture(autouse=True)
+def short_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_case, "NUM_BATCHES", 3)
+    monkeypatch.setattr(rotation, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "MIN_REPETITIONS", 2)
+
+
+class StandIn(Device):
+    """The CPU in the device's place; its graphs are calls that write one tensor."""
+
+    type = "cpu"
+    probe_bytes = 2**16
+    matrix_size = 32
+
+    def __init__(self, free: int = 2**30) -> None:
+        self.free = free
+        self.is_lost = False
+
+    def facts(self) -> DeviceFacts:
+        return DeviceFacts("a stand-in", "", None, cache_bytes=2**16, memory_bytes=2**31)
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def capture(self, step: Step) -> Graph:
+        output = step().clone()
+        return Graph(lambda: output.copy_(step()), output)
+
+    def release(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        if self.is_lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def state(self) -> dict[str, float] | None:
+        return {"sm_MHz": 1980.0}
+
+
+class Odd(Contender):
+    """The torch kernel, and something done to what it returns."""
+
+    is_ours = True
+
+    def __init__(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        self.name = name
+        self.change = change
+
+    def refusal(self, case: Case) -> str | None:
+        return None
+
+    def bind(self, layer: Layer) -> RunBatch:
+        run = KernelContender("torch").bind(layer)
+        return lambda batch: self.change(run(batch))
+
+
+def tiny(num_tokens: int = 3, weights: str = "fp32", shape: LayerShape = TINY) -> Case:
+    return Case(shape=shape, num_tokens=num_tokens, weights=WeightFormat.parse(weights))
+
+
+def bench(**changes: Any) -> Bench:
+    given: dict[str, Any] = {
+        "device": StandIn(),
+        "place": PLACE,
+        "peak": {torch.float32: 1e11, torch.bfloat16: 1e11},
+        "spread": Spread.UNIFORM,
+        "seconds": 0.0,
+    }
+    return Bench(**{**given, **changes})
+
+
+def small(name: str) -> LayerShape:
+    """A shape of the table: its rule, on few and small experts."""
+    shape = find_shape(name)
+    rule = shape.routing
+    changes: dict[str, Any] = {"num_experts": 16, "top_k": min(rule.top_k, 6)}
+    if rule.groups is not None:
+        changes["groups"] = replace(rule.groups, num_expert_groups=4, topk_groups=2)
+    if rule.no_compute is not None:
+        changes["no_compute"] = replace(rule.no_compute, count=8)
+    experts = replace(shape.experts, num_experts=16, hidden_size=64, intermediate_size=32)
+    return replace(shape, routing=replace(rule, **changes), experts=experts)
+
+
+def options(**changes: Any) -> GpuOptions:
+    given: dict[str, Any] = {
+        "shapes": ["tiny"],
+        "weights": "fp32",
+        "tokens": "1,3",
+        "contenders": ["torch"],
+        "seconds": 0.0,
+    }
+    return GpuOptions(**{**given, **changes})
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------- the whole run
+
+
+def test_a_run_measures_everybody_in_all_ways(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, png = tmp_path / "results.jsonl", tmp_path / "chart.png"
+    names = ["torch", "grouped_mm", "batched_mm", "eager", "sonicmoe"]
+    asked = options(contenders=names, weights="bf16", out=out, png=png)
+    assert bench_gpu(asked, StandIn) == 0
+    found = lines_of(out)
+    ways = list(itertools.product(names, [m.value for m in Measure], [m.value for m in Mode]))
+    assert [(r["contender"], r["measure"], r["mode"]) for r in found] == ways * 2
+    for record in found:
+        if record["contender"] == "sonicmoe":
+            assert record["refusal"] == "is for GPUs" and record["us"] is None
+            continue
+        assert record["is_correct"] and record["refusal"] is None
+        assert record["us_p10"] <= record["us"] <= record["us_p90"]
+        assert record["share_of_floor"] == pytest.approx(record["floor_us"] / record["us"])
+        assert record["gbytes_per_s"] == pytest.approx(record["weight_bytes"] / record["us"] / 1e3)
+        assert record["tflops"] == pytest.approx(record["flops"] / record["us"] / 1e6)
+        assert record["state"] == {"sm_MHz": 1980.0}
+        assert record["nominal_us"] is None  # of a device that nobody knows
+    assert found[0]["place"]["device"]["name"] == "a stand-in"
+    assert found[0]["place"]["versions"]["torch"] == torch.__version__
+    told = capsys.readouterr()
+    assert "2/2  tiny, bf16, uniform, T=3: torch " in told.err
+    assert "sonicmoe: is for GPUs (2 cases)" in told.out
+    assert told.out.count("grouped_mm") == 2
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_key_is_documented() -> None:
+    documentation = (ROOT / "docs/benchmarks/gpu.md").read_text()
+    for key in (*LayerResult.__annotations__, *Place.__annotations__, *DeviceFacts.__annotations__):
+        assert f"`{key}`" in documentation, key
+
+
+def test_json_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_gpu(options(tokens="2", as_json=True), StandIn)
+    told = capsys.readouterr()
+    assert [json.loads(line)["T"] for line in told.out.splitlines()] == [2] * 4
+    assert "layer graph" in told.err
+
+
+RULES = ("olmoe", "qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3", "longcat-flash")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_contenders_agree_on_every_rule(name: str) -> None:
+    """Experts and layers, bf16 and fp32, with choices that need no arithmetic."""
+    spread = Spread.ZIPF if name == "longcat-flash" else Spread.UNIFORM
+    contenders = choices.find_contenders(["torch", "grouped_mm", "batched_mm", "eager"])
+    for weights in ("fp32", "bf16"):
+        case = tiny(13, weights, small(name))
+        results = run_case(case, contenders, bench(spread=spread))
+        assert all(result.is_correct for result in results), [
+            (r.contender, r.measure, r.relative_error, r.refusal) for r in results
+        ]
+
+
+def test_quantized_experts_are_measured_beside_dense_ones() -> None:
+    contenders = choices.find_contenders(["torch", "grouped_mm"])
+    results = run_case(tiny(weights="int4-g32"), contenders, bench())
+    assert all(result.is_correct for result in results)
+    assert {result.dtype for result in results} == {"bfloat16"}
+
+
+# ------------------------------------------------------------------------------ what is checked
+
+
+@pytest.mark.parametrize(
+    "change, relative_error",
+    [
+        (lambda out: out * 1.2, 0.2),
+        (lambda out: torch.where(torch.arange(len(out))[:, None] == 1, torch.nan, out), None),
+    ],
+)
+def test_a_wrong_contender_is_caught(
+    change: Callable[[Tensor], Tensor],
+    relative_error: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = [*choices.find_contenders(["torch"]), Odd("wrong", change)]
+    monkeypatch.setattr(command, "find_contenders", lambda _: both)
+    assert bench_gpu(options(tokens="3", as_json=True), StandIn) == 1
+    right, wrong = (
+        [record for record in records if record["mode"] == "graph"]
+        for _, records in itertools.groupby(
+            map(json.loads, capsys.readouterr().out.splitlines()), lambda r: r["contender"]
+        )
+    )
+    assert [record["is_correct"] for record in right + wrong] == [True, True, False, False]
+    for record in wrong:
+        expected = float("inf") if relative_error is None else relative_error
+        assert record["relative_error"] == pytest.approx(expected, rel=0.01)
+        assert record["us"] is not None  # timed all the same
+
+
+def test_a_batch_that_leaves_experts_alone_is_checked() -> None:
+    """A contender that is right only where the second half of the batch's rows is not like this."""
+
+    def wrong_on_few(batch: ExpertBatch) -> bool:
+        return int(torch.unique(batch.local_ids).numel()) <= 16
+
+    class OnFew(Odd):
+        def bind(self, layer: Layer) -> RunBatch:
+            run = KernelContender("torch").bind(layer)
+            return lambda batch: run(batch) * (2.0 if wrong_on_few(batch) else 1.0)
+
+    (result, *_) = run_case(tiny(64), [OnFew("few", lambda out: out)], bench())
+    assert result.is_correct is False and result.relative_error == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_graph_that_forgets_to_write_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(self: Device, step: Step) -> Graph:
+        return Graph(lambda: None, step().clone())
+
+    monkeypatch.setattr(StandIn, "capture", capture)
+    results = run_case(tiny(), choices.find_contenders(["torch"]), bench())
+    assert not any(result.is_correct for result in results)
+
+
+def test_ours_must_be_nearer_to_the_truth_than_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tiny(weights="bf16")
+    ours, fallback, peer = choices.find_contenders(["reference", "torch", "eager"])
+    monkeypatch.setattr(type(get_kernel("reference")), "devices", ("cpu",))
+    bounds = [layer_case.tolerance(case, contender) for contender in (ours, fallback, peer)]
+    assert bounds == [5e-3, 1e-2, 1e-2]
+    assert layer_case.tolerance(tiny(), peer) == 1e-5
+
+
+def test_rows_that_are_checked_spread_over_the_batch() -> None:
+    case = tiny(1000)
+    source = BatchSource(case, Spread.UNIFORM)
+    truth = Truth.of(LayerWeights(TINY, case.weights), source.draw())
+    assert truth.rows[0] == 0 and truth.rows[-1] == 999
+    assert truth.rows.unique().numel() == 64 and truth.experts.shape == (64, 64)
+
+
+# ------------------------------------------------------------------------- who cannot is left out
+
+
+def failing(text: str) -> Callable[[Tensor], Tensor]:
+    def change(out: Tensor) -> Tensor:
+        raise RuntimeError(f"{text}\nand a page of more")
+
+    return change
+
+
+def test_a_contender_that_cannot_even_say_is_a_refusal() -> None:
+    class Unimportable(Odd):
+        def refusal(self, case: Case) -> str | None:
+            raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    results = run_case(tiny(), [Unimportable("peer", lambda out: out)], bench())
+    assert {r.refusal for r in results} == {
+        "ImportError: libcuda.so.1: cannot open shared object file"
+    }
+
+
+def test_a_contender_that_fails_is_a_refusal() -> None:
+    contenders = [Odd("broken", failing("out of memory")), *choices.find_contenders(["torch"])]
+    results = run_case(tiny(), contenders, bench())
+    broken, right = results[:4], results[4:]
+    assert {result.refusal for result in broken} == {"RuntimeError: out of memory"}
+    assert all(result.us is None and result.is_correct is None for result in broken)
+    assert all(result.us is not None for result in right)
+
+
+def test_weights_that_do_not_fit_after_all_are_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    monkeypatch.setattr(layer_case, "LayerWeights", full)
+    results = run_case(tiny(), choices.find_contenders(["torch"]), bench())
+    assert {result.refusal for result in results} == {"OutOfMemoryError: tried to allocate 9 GiB"}
+
+
+def test_one_that_fails_while_it_is_timed_is_left_out() -> None:
+    calls = itertools.count()
+
+    def after_a_while(out: Tensor) -> Tensor:
+        return failing("gone")(out) if next(calls) > 60 else out
+
+    contenders = [Odd("breaks", after_a_while), *choices.find_contenders(["torch"])]
+    results = run_case(tiny(), contenders, bench(seconds=0.3))
+    assert {result.refusal for result in results[:4]} == {"RuntimeError: gone"}
+    assert all(result.us is not None for result in results[4:])
+
+
+def test_what_cannot_be_captured_is_eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(self: Device, step: Step) -> Graph:
+        raise CannotCapture("called a synchronizing operation")
+
+    monkeypatch.setattr(StandIn, "capture", capture)
+    results = run_case(tiny(), choices.find_contenders(["torch"]), bench())
+    for result in results:
+        is_eager = result.mode == Mode.EAGER
+        assert (result.us is not None) == is_eager and result.is_correct
+        assert result.refusal == (
+            None if is_eager else "cannot be captured: called a synchronizing operation"
+        )
+    assert "torch: cannot be captured: called a synchronizing operation" in notes(results)
+
+
+def test_a_peer_that_is_too_slow_for_its_share_of_the_time_is_left_out() -> None:
+    def slow(out: Tensor) -> Tensor:
+        time.sleep(1e-3)
+        return out
+
+    peer, ours = Odd("slow", slow), Odd("ours", slow)
+    peer.is_ours = False
+    results = run_case(tiny(), [peer, ours], bench(seconds=0.01))
+    for result in results[:4]:
+        assert "ms a layer, too long to be timed" in str(result.refusal)
+        assert result.is_correct and result.us is None
+    assert all(result.us is not None for result in results[4:])
+
+
+def test_a_lost_device_ends_the_run_and_the_culprit_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in, out = StandIn(), tmp_path / "results.jsonl"
+
+    def lose(out: Tensor) -> Tensor:
+        stand_in.is_lost = True
+        return failing("an illegal memory access")(out)
+
+    both = [*choices.find_contenders(["torch"]), Odd("culprit", lose)]
+    monkeypatch.setattr(command, "find_contenders", lambda _: both)
+    assert bench_gpu(options(out=out), lambda: stand_in) == 1
+    assert {record["contender"] for record in lines_of(out)} == {"culprit"}
+    assert "the device was lost: culprit: RuntimeError: an illegal" in capsys.readouterr().err
+    stand_in.is_lost = False
+    monkeypatch.setattr(command, "find_contenders", lambda _: both)
+    bench_gpu(options(out=out, tokens="1"), lambda: stand_in)  # the culprit is not run again
+    assert [record["contender"] for record in lines_of(out)] == ["culprit"] * 4 + ["torch"] * 4
+
+
+def test_fewer_sets_are_taken_where_memory_is_short() -> None:
+    case, ours = tiny(), choices.find_contenders(["torch"])
+    one_set = 32 * case.expert_bytes
+    assert sets_that_fit(case, ours, StandIn()) == (3, 3)
+    assert sets_that_fit(case, ours, StandIn(free=3 * one_set)) == (2, 3)
+    short = run_case(case, ours, bench(device=StandIn(free=3 * one_set)))
+    assert {(result.weight_sets, result.note) for result in short} == {
+        (2, "memory for 2 of 3 sets")
+    }
+    assert all(result.is_correct for result in short)
+    none = run_case(case, ours, bench(device=StandIn(free=one_set // 2)))
+    assert all("does not fit in the device's memory" in str(result.refusal) for result in none)
+
+
+def test_small_layers_rotate_through_more_weights_than_the_cache_holds() -> None:
+    class Cached(StandIn):
+        def facts(self) -> DeviceFacts:
+            return replace(super().facts(), cache_bytes=2**20)
+
+    case = tiny(1, "bf16")
+    num_sets, _ = sets_that_fit(case, choices.find_contenders(["torch"]), Cached())
+    assert num_sets == 8  # the most
+    case = tiny(64, "bf16")
+    num_sets, _ = sets_that_fit(case, choices.find_contenders(["torch"]), Cached())
+    assert num_sets * 32 * case.expert_bytes >= 2 * 2**20
+
+
+# ------------------------------------------------------------------------------------ the rotation
+
+
+def test_a_rotation_ends_on_the_first_layer_and_batch() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def layer(number: int) -> Callable[[int], Tensor]:
+        def run(batch: int) -> Tensor:
+            seen.append((number, batch))
+            return torch.tensor([number, batch])
+
+        return run
+
+    turns = Rotation([layer(number) for number in range(3)], range(17), -1, 51)
+    assert turns.run().tolist() == [0, 0]
+    assert len(set(seen)) == 51 and all(a[0] != b[0] for a, b in itertools.pairwise(seen))
+    assert turns.run_half().tolist() == [0, -1]
+
+
+def test_a_rotation_takes_a_millisecond_at_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "LEAST_SECONDS", 1e-3)
+    assert num_steps(3, 17, floor_seconds=17.56e-6) == 57
+    assert num_steps(3, 17, floor_seconds=1e-3) == 17
+    assert num_steps(8, 5, floor_seconds=1e-3) == 8
+    assert num_steps(3, 17, floor_seconds=1e-9) == 128
+
+
+def test_contenders_take_turns_by_the_device_s_clock() -> None:
+    order: list[str] = []
+    times = {"a": iter(itertools.count(1)), "b": itertools.repeat(2)}
+
+    def call(name: str) -> Callable[[int], str]:
+        return lambda number: (order.append(name), name)[1]
+
+    def clock(run: Callable[[], object]) -> tuple[float, bool]:
+        return float(next(times[str(run())])), False
+
+    found = interleave({name: call(name) for name in "ab"}, seconds=60.0, clock=clock, warm_up=5.0)
+    warm_up = ["a", "b"] * 2  # 1 + 2 + 2 + 2 seconds
+    assert order[:4] == warm_up
+    turns = order[4 : 4 + 2 * measure.MIN_REPETITIONS]
+    assert all({*turns[i : i + 2]} == {"a", "b"} for i in range(0, len(turns), 2))
+    assert found["a"].samples[:3] == (3.0, 4.0, 5.0)
+    assert sum(found["b"].samples) == pytest.approx(30.0)
+    assert found["b"].repetitions == 15
+
+
+def test_times_are_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def a_second(self: Device, call: Callable[[], object]) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(StandIn, "seconds", a_second)
+    for result in run_case(tiny(), choices.find_contenders(["torch"]), bench()):
+        assert result.layers == 3 and result.us == pytest.approx(1e6 / 3)
+
+
+def test_percentiles_are_samples() -> None:
+    timing = Timing(tuple(float(value) for value in range(10, 0, -1)))
+    assert (timing.percentile(10), timing.percentile(90), timing.median) == (1.0, 9.0, 5.5)
+    assert timing.per(2).percentile(90) == 4.5
+    assert Timing((7.0,)).percentile(10) == Timing((7.0,)).percentile(90) == 7.0
+
+
+# ------------------------------------------------------------------------------ routing and floors
+
+
+def case_of(name: str, num_tokens: int) -> Case:
+    return Case(shape=find_shape(name), num_tokens=num_tokens, weights=WeightFormat.BF16)
+
+
+class IdsOnly(BatchSource):
+    """Batches whose hidden states take no memory."""
+
+    def __init__(self, case: Case, spread: Spread) -> None:
+        thin = replace(case.shape.experts, hidden_size=1)
+        super().__init__(replace(case, shape=replace(case.shape, experts=thin)), spread)
+
+
+@pytest.mark.parametrize(
+    "name, num_tokens, microseconds, limited_by, batches",
+    [
+        ("qwen3-30b-a3b", 1, 17.56, "memory", 3),
+        ("qwen3-30b-a3b", 8, 113.3, "memory", 17),
+        ("qwen3-30b-a3b", 512, 281.9, "memory", 1),
+        ("qwen3-30b-a3b", 8192, 782.9, "compute", 1),
+        ("deepseek-v3", 128, 5155, "memory", 5),
+        ("gpt-oss-120b", 512, 1483, "memory", 1),
+        ("mixtral", 2048, 1827, "compute", 1),
+        ("longcat-flash", 128, 7793, "memory", 5),
+    ],
+)
+def test_floors_are_those_of_the_published_model(
+    name: str, num_tokens: int, microseconds: float, limited_by: str, batches: int
+) -> None:
+    """Of an H200: 4.3 TB/s, 790 TFLOP/s; experts hit as counted agree with those expected."""
+    case = case_of(name, num_tokens)
+    source, limits = IdsOnly(case, Spread.UNIFORM), NOMINAL["H200"]
+    drawn = [source.draw() for _ in range(batches)]
+    floor = floor_of(case, drawn, limits.bandwidth, limits.peak)
+    is_certain = num_tokens in (1, 512, 2048, 8192)  # which experts are hit
+    tolerance = 5e-4 if is_certain else 0.02
+    assert floor.seconds * 1e6 == pytest.approx(microseconds, rel=tolerance)
+    assert floor.limited_by == limited_by
+
+
+def test_a_third_of_longcat_s_choices_needs_no_arithmetic() -> None:
+    case = case_of("longcat-flash", 256)
+    batch = IdsOnly(case, Spread.UNIFORM).draw()
+    assert batch.num_experts == len({*batch.routing.topk_ids.flatten().tolist()} - {-1})
+    assert batch.num_slots == pytest.approx(256 * 8, rel=0.03)
+    bypass = batch.routing.bypass
+    assert bypass is not None and bypass.identity_weight is not None
+    assert bypass.identity_weight.min() >= 0 and bypass.identity_weight.max() > 0
+
+
+def test_skewed_choices_hit_fewer_experts() -> None:
+    case = case_of("qwen3-30b-a3b", 64)
+    even, skewed = (IdsOnly(case, spread).draw() for spread in Spread)
+    assert skewed.num_experts < even.num_experts
+    counts = torch.bincount(skewed.routing.topk_ids.flatten().long(), minlength=128)
+    assert counts.max() > 2 * 64 * 8 / 128
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_peers_are_routed_by_the_same_rule(name: str) -> None:
+    case = case_of(name, 65)
+    source = IdsOnly(case, Spread.UNIFORM)
+    batch = source.draw()
+    theirs = PlainRouter(case.shape.routing, source.tensors).route(batch.router_logits)
+    ours = router_for(case.shape.routing, source.tensors).route(batch.router_logits)
+
+    def by_expert(ids: Tensor, weights: Tensor) -> Tensor:
+        dense = torch.zeros(65, case.shape.experts.num_experts + 1)
+        return dense.scatter_add_(1, ids.long() % dense.shape[1], weights)[:, :-1]
+
+    assert torch.allclose(
+        by_expert(theirs.topk_ids, theirs.topk_weights),
+        by_expert(ours.topk_ids, ours.topk_weights),
+        atol=1e-6,
+    )
+    if ours.bypass is not None:
+        assert theirs.bypass is not None
+        assert torch.allclose(theirs.bypass.identity_weight, ours.bypass.identity_weight)
+
+
+def test_weights_keep_rows_at_their_size() -> None:
+    for name in ("gpt-oss-120b", "mixtral"):
+        shape = small(name)
+        stacks = LayerWeights(shape, WeightFormat.FP32).stacks(1)
+        for matrix in stacks.projections():
+            spread = matrix.values.std() * matrix.shape[-1] ** 0.5
+            assert float(spread) == pytest.approx(1.0, rel=0.05)
+
+
+def test_half_of_the_experts_get_nothing() -> None:
+    for name in RULES:
+        batch = IdsOnly(case_of(name, 64), Spread.UNIFORM).draw_half()
+        ids = batch.routing.topk_ids
+        assert (ids[ids >= 0] % 2 == 0).all(), name
+
+
+def test_limits_are_measured_and_named() -> None:
+    bandwidth = probe_bandwidth(StandIn())
+    assert bandwidth.best == max(bandwidth.copy, bandwidth.read) > 0
+    assert probe_peak(StandIn(), torch.float32) > 0
+    assert nominal_limits("NVIDIA H200") == NOMINAL["H200"]
+    assert nominal_limits("NVIDIA A100") is None
+
+
+def test_the_nominal_floor_is_beside_the_measured_one() -> None:
+    place = replace(PLACE, device={"name": "NVIDIA H200"})
+    ours = choices.find_contenders(["torch"])
+    assert run_case(tiny(), ours, bench(place=place))[0].nominal_us is None  # of bf16 alone
+    (result, *_) = run_case(tiny(weights="bf16"), ours, bench(place=place))
+    nominal = (result.weight_bytes + result.row_bytes) / 4.3e12 * 1e6
+    assert result.nominal_us == pytest.approx(nominal)
+    assert result.share_of_nominal == pytest.approx(nominal / result.us)
+
+
+# -------------------------------------------------------------------------------------- the journal
+
+
+def result_of(**changes: Any) -> LayerResult:
+    (result, *_) = run_case(tiny(1), choices.find_contenders(["torch"]), bench())
+    return replace(result, **changes)
+
+
+def test_a_line_says_everything() -> None:
+    result = result_of()
+    assert LayerResult.from_json(result.to_json()) == result
+    assert LayerResult.from_json(result.to_json()[:-9]) is None
+    assert LayerResult.from_json("{}") is None and LayerResult.from_json("3") is None
+
+
+def test_what_was_measured_elsewhere_does_not_count(tmp_path: Path) -> None:
+    path, result = tmp_path / "results.jsonl", result_of()
+    Journal(path, PLACE).add([result])
+    assert Journal(path, PLACE).results == [result]
+    for other in (
+        replace(PLACE, revision="another"),
+        replace(PLACE, versions={"torch": "3"}),
+        replace(PLACE, device={"name": "another"}),
+    ):
+        assert Journal(path, other).results == []
+
+
+def test_the_newest_result_counts(tmp_path: Path) -> None:
+    path, result = tmp_path / "results.jsonl", result_of(us=1.0)
+    journal = Journal(path, PLACE)
+    journal.add([result])
+    journal.add([replace(result, us=2.0)])
+    assert [r.us for r in journal.results] == [r.us for r in Journal(path, PLACE).results] == [2.0]
+
+
+def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    path, result = tmp_path / "results.jsonl", result_of()
+    Journal(path, PLACE).add([result])
+    whole = path.read_text()
+    path.write_text(whole + whole[:100])
+    journal = Journal(path, PLACE)
+    assert journal.results == [result] and journal.num_passed_over == 1
+    journal.add([replace(result, T=2)])
+    again = Journal(path, PLACE)
+    assert [r.T for r in again.results] == [1, 2] and again.num_passed_over == 1
+
+
+def test_without_a_file_nothing_is_kept_and_with_a_wrong_one_it_is_told(tmp_path: Path) -> None:
+    Journal(None, PLACE).add([result_of()])
+    with pytest.raises(InputError, match=r"the file of results \(.*\) must be readable"):
+        Journal(tmp_path / "none" / "results.jsonl", PLACE)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, list[str]]]]:
+    """What is really run: tokens, and contenders."""
+    seen: list[tuple[int, list[str]]] = []
+
+    def noting(case: Case, contenders: list[Contender], bench: Bench) -> list[LayerResult]:
+        seen.append((case.num_tokens, [contender.name for contender in contenders]))
+        return run_case(case, contenders, bench)
+
+    monkeypatch.setattr(command, "run_case", noting)
+    yield seen
+
+
+def test_a_run_goes_on_where_the_one_before_it_stopped(
+    tmp_path: Path,
+    measured: list[tuple[int, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "results.jsonl"
+    bench_gpu(options(tokens="1", out=out), StandIn)
+    bench_gpu(options(tokens="1,2", out=out), StandIn)
+    bench_gpu(options(tokens="1,2", out=out, contenders=["torch", "eager"]), StandIn)
+    assert measured == [(1, ["torch"]), (2, ["torch"]), (1, ["eager"]), (2, ["eager"])]
+    assert len(lines_of(out)) == 16
+    capsys.readouterr()
+    bench_gpu(options(tokens="1,2", out=out), StandIn)
+    assert len(measured) == 4 and "T" in capsys.readouterr().out  # shown from the file
+    bench_gpu(options(tokens="1", out=out, routing="zipf"), StandIn)
+    monkeypatch.setattr(command, "find_revision", lambda: "changed")
+    bench_gpu(options(tokens="1", out=out), StandIn)
+    assert measured[4:] == [(1, ["torch"]), (1, ["torch"])]
+
+
+def test_the_time_limit_stops_between_cases(
+    measured: list[tuple[int, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = itertools.count(0.0, 20.0)  # begun at 0; a case takes 20 seconds, 40 with its check
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert bench_gpu(options(tokens="1,2,3", minutes=1.0), StandIn) == 0
+    assert [tokens for tokens, _ in measured] == [1]
+    told = capsys.readouterr()
+    assert "stopped by the time limit: 1 of 3 cases are done." in told.err
+    assert "tiny" in told.out
+
+
+def test_an_interruption_shows_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(case: Case, *rest: Any) -> list[LayerResult]:
+        if case.num_tokens == 2:
+            raise KeyboardInterrupt
+        return run_case(case, *rest)
+
+    monkeypatch.setattr(command, "run_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu(options(tokens="1,2", out=tmp_path / "results.jsonl"), StandIn)
+    assert capsys.readouterr().out.count("tiny") == 1
+    assert len(lines_of(tmp_path / "results.jsonl")) == 4
+
+
+# ----------------------------------------------------------------------------- tables and pictures
+
+
+def test_the_table_has_a_line_for_each_contender_and_marks_what_is_wrong() -> None:
+    one = result_of(us=10.0, us_p10=9.0, us_p90=12.0, share_of_floor=0.5, floor_us=5.0)
+    ways = [replace(one, measure=m.value, mode=mode.value) for m in Measure for mode in Mode]
+    ways[3] = replace(ways[3], is_correct=False, relative_error=0.2)
+    head, row = results_table([*ways[:2], ways[3]]).splitlines()
+    assert head.split("  ")[0] == "shape" and "experts eager" in head
+    assert row.count("10.0 (9.0-12.0) 0.50") == 3
+    assert "WRONG by 0.2: 10.0" in row and " - " in row
+
+
+def test_the_chart_shows_layers_in_graphs_that_are_right() -> None:
+    one = replace(result_of(), share_of_floor=0.5, is_correct=True, mode="graph", measure="layer")
+    results = [
+        replace(one, T=8, share_of_floor=0.9),
+        one,
+        replace(one, mode="eager"),
+        replace(one, measure="experts"),
+        replace(one, contender="wrong", is_correct=False),
+    ]
+    assert chart_lines(results) == {("tiny", "torch"): [(1, 0.5, None), (8, 0.9, None)]}
+    both = [one, replace(one, routing="zipf")]
+    assert set(chart_lines(both)) == {
+        ("tiny, fp32, uniform", "torch"),
+        ("tiny, fp32, zipf", "torch"),
+    }
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def cli(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def error_of(result: Result, code: int) -> str:
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_one_line_says_so() -> None:
+    result = cli("--device", "cuda")
+    assert "device (cuda) must be there to be measured; got none" in error_of(result, 1)
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, place",
+    [
+        (("--routing", "zipf"), "--device cuda"),
+        (("--out", "x"), "--device cuda"),
+        (("--device", "cpu", "--minutes", "1"), "--device cuda"),
+        (("--device", "cuda", "--threads", "1"), "--device cpu"),
+        (("--device", "cuda", "--path", "amx"), "--device cpu"),
+        (("generate", "--device", "cuda"), "mixtura bench experts"),
+    ],
+)
+def test_options_that_do_not_go_together_are_a_usage_error(
+    arguments: tuple[str, ...], place: str
+) -> None:
+    assert f"goes with '{place}'" in error_of(cli(*arguments), 2)
+
+
+def test_the_command_line_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[GpuOptions] = []
+
+    def note(options: GpuOptions) -> int:
+        asked.append(options)
+        return 1
+
+    monkeypatch.setattr(command, "bench_gpu", note)
+    assert cli("--device", "cuda").exit_code == 1
+    words = "--device cuda --shape mixtral --weights fp8 --tokens 4 --routing zipf --contender a"
+    more = "--seconds 2 --minutes 3 --out o.jsonl --png c.png --json"
+    cli(*words.split(), *more.split())
+    assert asked == [
+        GpuOptions(),
+        GpuOptions(
+            shapes=["mixtral"], weights="fp8", tokens="4", routing="zipf", contenders=["a"],
+            seconds=2.0, minutes=3.0, out=Path("o.jsonl"), png=Path("c.png"), as_json=True,
+        ),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"routing": "even"}, r"routing \(even\) must be one of uniform, zipf"),
+        ({"contenders": ["vllm"]}, r"contender \('vllm'\) must be one of"),
+        ({"shapes": ["qwen"]}, r"shape \('qwen'\) must be one of tiny"),
+        ({"png": Path("/nowhere/chart.png")}, r"the chart \(/nowhere/chart.png\) must be writable"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("the device was probed")
+
+    monkeypatch.setattr(command, "probe_peak", never)
+    with pytest.raises((ConfigError, InputError), match=message):
+        bench_gpu(options(**changes), StandIn)
+
+
+def test_kernels_written_for_gpus_run_where_nobody_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peers = ["grouped_mm", "batched_mm", "eager", "sonicmoe", "deepgemm"]
+    kernels = {"cpu": ("cpu",), "torch": None}
+    monkeypatch.setattr(choices, "kernel_names", lambda: tuple(kernels))
+    monkeypatch.setattr(choices, "get_kernel", lambda name: SimpleNamespace(devices=kernels[name]))
+    assert choices.default_on_gpu() == ["mixtura", *peers]
+    kernels["ours"] = ("cuda",)
+    assert choices.default_on_gpu() == ["ours", *peers]
+
+
+WITHOUT = """
+import runpy, sys
+for name in ("transformers", "typer", "rich", "click", "matplotlib", "onnxruntime"):
+    sys.modules[name] = None
+sys.argv = ["gpu.py", "--shape", "tiny", "--tokens", "2", "--weights", "fp32", "--seconds", "0"]
+sys.argv += ["--contender", "torch", "--contender", "eager", "--json"]
+sys.path = [entry for entry in sys.path if entry != {root!r}]
+found = runpy.run_path({script!r})
+sys.path.append({tests!r})
+from mixtura.bench.gpu import command
+import mixtura, stand_in
+assert mixtura.__file__.startswith({root!r})
+options = found["read_arguments"](sys.argv[1:])
+sys.exit(command.bench_gpu(options, stand_in.StandIn))
+"""
+
+
+def test_the_script_needs_no_package_but_torch(tmp_path: Path) -> None:
+    """Peers that need more are left out with that reason."""
+    source = Path(__file__).read_text().partition("class StandIn")[2].partition("\n\n\n")[0]
+    (tmp_path / "stand_in.py").write_text(
+        "import time\nfrom mixtura.bench.gpu.device import *\n"
+        "from collections.abc import Callable\nclass StandIn" + source
+    )
+    code = WITHOUT.format(
+        root=str(ROOT), script=str(ROOT / "benchmarks/gpu.py"), tests=str(tmp_path)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["is_correct"] for r in records] == [True] * 4 + [None] * 4
+    assert all("Transformers cannot be imported" in r["refusal"] for r in records[4:])
+
+
+# ------------------------------------------------------------------------------ CUDA's own calls
+
+
+class Cuda:
+    """What `CudaDevice` uses of torch.cuda, and the order in which it does."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.mode = "default"
+        self.failure: Exception | None = None
+        cuda = self
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                cuda.calls.append("record")
+
+            def synchronize(self) -> None:
+                cuda.calls.append("synchronize event")
+
+            def elapsed_time(self, other: Event) -> float:
+                return 1.5  # milliseconds
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                cuda.calls.append("replay")
+
+            def pool(self) -> tuple[int, int]:
+                return (0, 1)
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_properties(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            name="NVIDIA H200", major=9, minor=0, L2_cache_size=60, total_memory=140, uuid="12"
+        )
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return (100, 140)
+
+    def memory_reserved(self) -> int:
+        return 30
+
+    def memory_allocated(self) -> int:
+        return 10
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    @contextmanager
+    def graph(self, graph: object, pool: tuple[int, int] | None = None) -> Iterator[None]:
+        self.calls.append(f"capture in {pool}")
+        try:
+            yield
+        finally:
+            if pool is not None and self.failure is not None:
+                raise self.failure  # as the end of a broken capture does
+
+
+def cuda_device(monkeypatch: pytest.MonkeyPatch, cuda: Cuda) -> CudaDevice:
+    class OnHost(CudaDevice):
+        """Its small tensor is on the host."""
+
+    monkeypatch.setattr(OnHost, "type", "cpu")
+    monkeypatch.setattr(device.torch, "cuda", cuda)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    return OnHost()
+
+
+def test_a_device_times_with_events_and_graphs_share_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = Cuda()
+    found = cuda_device(monkeypatch, cuda)
+    assert found.seconds(lambda: cuda.calls.append("call")) == 1.5e-3
+    assert cuda.calls == ["record", "call", "record", "synchronize event"]
+    assert found.free_bytes() == 100 + 30 - 10
+    cuda.calls.clear()
+    modes: list[str] = []
+
+    def step() -> Tensor:
+        modes.append(cuda.mode)
+        return torch.ones(1)
+
+    graph = found.capture(step)
+    assert modes == ["error", "default"]
+    found.capture(step)
+    graph.replay()
+    assert cuda.calls == ["capture in None", *["capture in (0, 1)"] * 2, "replay"]
+    found.release()
+    found.capture(step)
+    found.finish()
+    assert cuda.calls[4:] == [
+        "empty_cache", "capture in None", "capture in (0, 1)", "synchronize",
+    ]  # fmt: skip
+
+
+def test_a_capture_that_breaks_says_what_broke_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    found = cuda_device(monkeypatch, cuda)
+    cuda.failure = RuntimeError("capture was invalidated")
+
+    def breaks() -> Tensor:
+        if cuda.mode == "default":
+            raise RuntimeError("operation not permitted")
+        return torch.ones(1)
+
+    with pytest.raises(CannotCapture, match="operation not permitted"):
+        found.capture(breaks)
+
+
+def test_work_that_waits_for_the_host_is_found_without_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = Cuda()
+    found = cuda_device(monkeypatch, cuda)
+
+    def waits() -> Tensor:
+        assert cuda.mode == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(CannotCapture, match="RuntimeError: called a synchronizing CUDA operation"):
+        found.capture(waits)
+    assert cuda.mode == "default" and cuda.calls == []  # not even tried
+
+
+@pytest.mark.parametrize(
+    "answer, state, driver",
+    [
+        ("580.1, 1980, 2619, 312.5, 44\n", {"sm_MHz": 1980.0, "memory_MHz": 2619.0,
+         "power_W": 312.5, "temperature_C": 44.0}, "580.1"),
+        ("580.1, 1980, [N/A], [N/A], 44\n", {"sm_MHz": 1980.0, "temperature_C": 44.0}, "580.1"),
+        (None, None, None),
+    ],
+)  # fmt: skip
+def test_clocks_and_power_are_told_where_they_can_be_had(
+    answer: str | None,
+    state: dict[str, float] | None,
+    driver: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        assert command[:2] == ["nvidia-smi", "--id=GPU-12"]
+        if answer is None:
+            raise FileNotFoundError(command[0])
+        return SimpleNamespace(stdout=answer)
+
+    monkeypatch.setattr(device.subprocess, "run", run)
+    found = cuda_device(monkeypatch, Cuda())
+    assert found.state() == state
+    assert found.facts() == DeviceFacts("NVIDIA H200", "9.0", driver, 60, 140)
