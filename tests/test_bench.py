@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from mixtura import SWIGLU_OAI, ExpertsConfig, RoutingConfig
 from mixtura.bench import choices, contenders, experts, machine, measure
 from mixtura.bench import weights as weight_sets
-from mixtura.bench.cases import Case, LayerShape, find_shape
+from mixtura.bench.cases import Case, LayerShape, find_cases, find_shape
 from mixtura.bench.chart import save_chart
 from mixtura.bench.choices import find_contenders
 from mixtura.bench.contenders import Contender, KernelContender, Layer, refusals
@@ -128,6 +128,13 @@ def test_a_compiled_implementation_is_one_of_them(monkeypatch: pytest.MonkeyPatc
     assert [module.config._experts_implementation for module in compiled] == ["batched_mm"] * 8
     many = run(tiny(17, "bf16"), COMPILED)
     assert "at most 16 tokens" in str(many.contenders[0].refusal)
+
+
+def test_a_name_that_a_peer_has_too_is_the_peers() -> None:
+    found = find_contenders(["grouped_mm", "mixtura:grouped_mm", "torch"])
+    assert [contender.is_ours for contender in found] == [False, True, True]
+    case = find_cases(["tiny"], "bf16", "4")[0]
+    assert found[1].kernel(case) == "grouped_mm"
 
 
 def test_a_wrong_contender_is_caught() -> None:

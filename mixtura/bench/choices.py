@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixtura.bench.contenders import PREFERRED, Contender, KernelContender
+from mixtura.bench.contenders import OURS, PREFERRED, Contender, KernelContender
 from mixtura.bench.peers.onnxruntime_moe import NAME as ONNX
 from mixtura.bench.peers.onnxruntime_moe import OnnxContender
 from mixtura.bench.peers.transformers_experts import (
@@ -31,19 +31,24 @@ def default_on_gpu() -> list[str]:
     Where none is, the one that is chosen; and what Transformers has.
     """
     written = [name for name in kernel_names() if "cuda" in (get_kernel(name).devices or ())]
-    return [*(written or [PREFERRED]), "grouped_mm", "batched_mm", "eager", *HUB_KERNELS]
+    ours = [OURS + name if name in PEERS else name for name in written]
+    return [*(ours or [PREFERRED]), "grouped_mm", "batched_mm", "eager", *HUB_KERNELS]
 
 
 def find_contenders(names: list[str]) -> list[Contender]:
-    """Contenders by name, in the order given; the error lists the names."""
+    """Contenders by name, in the order given; the error lists the names.
+
+    A name that a peer and a kernel of ours have is the peer's; "mixtura:" before it makes it ours.
+    """
     found: list[Contender] = []
     for name in dict.fromkeys(names):
         if name in PEERS:
             found.append(PEERS[name])
-        elif name in (PREFERRED, *kernel_names()):
+        elif name.removeprefix(OURS) in (PREFERRED, *kernel_names()):
             found.append(KernelContender(name))
         else:
-            choices = ", ".join((PREFERRED, *kernel_names(), *PEERS))
+            kernels = (OURS + kernel if kernel in PEERS else kernel for kernel in kernel_names())
+            choices = ", ".join((PREFERRED, *kernels, *PEERS))
             raise ConfigError(
                 f"contender ({name!r}) must be one of {choices}; got an unknown name. "
                 "Use one of these."

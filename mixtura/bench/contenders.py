@@ -30,6 +30,9 @@ Route = Callable[[Tensor], Routing]
 PREFERRED = "mixtura"
 """The name of whichever of our kernels is chosen when none is asked for."""
 
+OURS = "mixtura:"
+"""Begins the name of a kernel of ours that a peer is called as well."""
+
 MEMORY_LIMIT = 12 * 2**30
 """Bytes that the weights of one case may take, whatever is free."""
 
@@ -123,13 +126,15 @@ class KernelContender(Contender):
         return get_kernel(kernel).unsupported(_problem(case))
 
     def kernel(self, case: Case) -> str:
-        return select_kernel(_problem(case)).kernel.name if self.name == PREFERRED else self.name
+        if self.name == PREFERRED:
+            return select_kernel(_problem(case)).kernel.name
+        return self.name.removeprefix(OURS)
 
     def route(self, case: Case, tensors: RouterTensors) -> Route:
         return router_for(case.shape.routing, tensors).route
 
     def rounds_once(self, case: Case) -> bool:
-        return case.device in (get_kernel(self.kernel(case)).devices or ())
+        return not get_kernel(self.kernel(case)).rounds_between
 
     def holds(self, case: Case) -> str:
         kernel = get_kernel(self.kernel(case))

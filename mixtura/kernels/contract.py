@@ -29,6 +29,7 @@ class ExpertsKernel(ABC):
             over without counting as the preferred kernel.
         automatic_on: those of them on which it may be taken without being asked for by name; None
             for all of them.
+        rounds_between: gate, up and experts' outputs are rounded to the rows' dtype on their way.
         shares_memory: `pack` returns views of the given weights and frees nothing.
         packs_in_graphs: torch.compile can trace `pack`; else a graph's first call packs.
         activation_dtypes: the arithmetic with quantized weights that may be asked for.
@@ -40,6 +41,7 @@ class ExpertsKernel(ABC):
     automatic_on: ClassVar[tuple[str, ...] | None] = None
     has_backward: ClassVar[bool] = False
     is_row_invariant: ClassVar[bool] = False
+    rounds_between: ClassVar[bool] = False
     shares_memory: ClassVar[bool] = False
     packs_in_graphs: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = ()

@@ -23,6 +23,7 @@ class TorchKernel(StoredWeightsKernel):
     """Any device torch has; weights stay as they are, quantized ones are read expert by expert."""
 
     name: ClassVar[str] = "torch"
+    rounds_between: ClassVar[bool] = True
     has_backward: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (ActivationDtype.BF16,)
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
