@@ -67,6 +67,8 @@ IMPORTS_INSIDE: dict[str, str] = {
     "mixtura.cli": "verbs load lazily, so that --help is quick",
     "mixtura.plugin": "Transformers is met, not imported",
     "mixtura.observe.picture": "matplotlib is an optional extra",
+    "mixtura.kernels.triton": "Triton is an optional extra",
+    "mixtura.kernels.bypass": "Triton is an optional extra",
     "mixtura.dispatch.deep_ep": "deep_ep is an optional extra",
 }
 """Modules and packages whose functions may import, and why."""
