@@ -191,6 +191,17 @@ def test_rows_without_experts_are_zero(num_rows: int) -> None:
             truth(weights, batch, reduce=reduce)))  # fmt: skip
 
 
+@pytest.mark.parametrize("num_rows", [2, 13, 260])
+def test_ids_of_no_expert_reach_no_memory(num_rows: int) -> None:
+    """Debug mode tells of them; without it they are no expert."""
+    weights, batch = random_weights(sizes(), FINEST), random_batch(sizes(), num_rows, 2, FINEST)
+    wrong = torch.where(batch.local_ids < 0, 2**30, batch.local_ids)
+    wrong[0, 0] = sizes().num_experts
+    right = torch.where(wrong < sizes().num_experts, wrong, -1)
+    found = run(weights, dataclasses.replace(batch, local_ids=wrong))
+    assert torch.equal(found, run(weights, dataclasses.replace(batch, local_ids=right)))
+
+
 @pytest.mark.parametrize("num_rows", [3, 40, 150])
 def test_one_expert_takes_all(num_rows: int) -> None:
     check(sizes(3), num_rows, 2, FINEST, ids=torch.full((num_rows, 2), 2))

@@ -12,6 +12,7 @@ def combine_kernel(
     norm_ptr,
     out_ptr,
     epsilon,
+    NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     NORM: tl.constexpr,
@@ -34,7 +35,8 @@ def combine_kernel(
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         slot = m * TOP_K + k
-        has_expert = tl.load(local_ids_ptr + slot) >= 0
+        expert = tl.load(local_ids_ptr + slot)
+        has_expert = (expert >= 0) & (expert < NUM_EXPERTS)
         row = tl.load(slots_ptr + slot * HIDDEN_SIZE + n, mask=is_column & has_expert, other=0.0)
         value = row.to(tl.float32)
         if NORM != "none":

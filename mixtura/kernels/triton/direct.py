@@ -20,6 +20,7 @@ def direct_gate_up_kernel(
     local_ids_ptr,
     out_ptr,
     num_slots,
+    NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SIZES: tl.constexpr,
     STRIDE_X: tl.constexpr,
@@ -44,7 +45,7 @@ def direct_gate_up_kernel(
     UP_SIZE: tl.constexpr = SIZES[2]
     slot = tl.program_id(0) % num_slots
     expert = tl.load(local_ids_ptr + slot).to(tl.int64)
-    if expert < 0:
+    if (expert < 0) | (expert >= NUM_EXPERTS):
         return
     block = tl.program_id(0) // num_slots
     IS_ONE_SUM: tl.constexpr = GATE_UP == "interleaved" or GATE_UP == "ungated"
@@ -104,6 +105,7 @@ def direct_down_kernel(
     local_ids_ptr,
     out_ptr,
     num_rows,
+    NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SIZES: tl.constexpr,
     STRIDES: tl.constexpr,
@@ -111,7 +113,7 @@ def direct_down_kernel(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """`out[m] = sum over k of w[m,k] * (hidden[m,k] @ W[e].T + b[e])`, e = local_ids[m,k] >= 0.
+    """`out[m] = sum over k of w[m,k] * (hidden[m,k] @ W[e].T + b[e])`, e = local_ids[m,k].
 
     SIZES are hidden size H and intermediate size I. Pointers: hidden (M, TOP_K, I), weight (L, H,
     I) with STRIDES, bias (L, H), slot_weights (M, TOP_K) or None for 1, local_ids (M, TOP_K), out
@@ -131,7 +133,7 @@ def direct_down_kernel(
     for step in tl.range(0, TOP_K * num_steps, num_stages=NUM_STAGES):
         slot = m * TOP_K + step // num_steps
         expert = tl.load(local_ids_ptr + slot).to(tl.int64)
-        has_expert = expert >= 0
+        has_expert = (expert >= 0) & (expert < NUM_EXPERTS)
         scale = 1.0
         if slot_weights_ptr is not None:
             scale = tl.load(slot_weights_ptr + slot, mask=has_expert, other=0.0)

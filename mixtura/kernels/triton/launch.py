@@ -159,6 +159,7 @@ class Call:
             self.num_slots,
         )
         constants = {
+            "NUM_EXPERTS": config.num_experts,
             **self.gate_up_constants(gate_up),
             **direct_constants(blocks),
         }
@@ -180,6 +181,7 @@ class Call:
             num_rows,
         )
         constants = {
+            "NUM_EXPERTS": config.num_experts,
             "TOP_K": top_k,
             **self.down_constants(),
             **direct_constants(blocks),
@@ -249,6 +251,7 @@ class Call:
             config.post_norm_epsilon,
         )
         constants = {
+            "NUM_EXPERTS": config.num_experts,
             "TOP_K": top_k,
             "HIDDEN_SIZE": config.hidden_size,
             "NORM": "none" if config.post_norm is None else config.post_norm.value,
