@@ -42,6 +42,10 @@ class GradientUnsupported(MixturaError):
     """Gradients are needed where the chosen weights or kernel cannot give them."""
 
 
+class CaptureUnsupported(MixturaError):
+    """A CUDA graph is being captured of something that waits for the host."""
+
+
 class MissingDependency(MixturaError, ImportError):
     """An optional package is not installed, or not in a supported version."""
 

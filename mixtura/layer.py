@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mixtura.config import MoEConfig, SharedExpertsOrder
+from mixtura.config import MoEConfig, SharedExpertsOrder, Simulation
+from mixtura.cuda import cannot_capture, is_capturing
 from mixtura.dispatch import Dispatcher, dispatcher_for
 from mixtura.eplb.state import EplbLayerState, check_choice
 from mixtura.errors import InputError
@@ -56,7 +57,7 @@ class FusedMoE(nn.Module):
         custom_routing: a function that chooses and weighs, instead of the configured pipeline.
         spread: the ranks that share the experts, and which has which; `weights`, or the parameters,
             are this rank's. None: this rank has them all.
-        device, dtype: of new, uninitialised parameters.
+        device, dtype: of new, uninitialised parameters; the device of the tables of `spread` too.
 
     Example:
         >>> from mixtura import ExpertsConfig, MoEConfig, RoutingConfig
@@ -87,6 +88,8 @@ class FusedMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if spread is not None and device is not None:
+            spread = spread.to(device)
         self.plan = LayerPlan(
             config,
             router_for(config.routing, custom=custom_routing),
@@ -111,6 +114,7 @@ class FusedMoE(nn.Module):
                 deterministic=config.deterministic,
                 weight_on=config.routing.weight_on,
                 activation_dtype=config.activation_dtype,
+                debug=config.debug,
             ),
             device=device,
             dtype=dtype,
@@ -146,7 +150,8 @@ class FusedMoE(nn.Module):
 
         Raises:
             InputError: wrong width, device or dtype; token inputs of another length; with `debug`,
-                NaN.
+                NaN, or ids out of range.
+            CaptureUnsupported: a CUDA graph is being captured that cannot hold the layer.
         """
         check_rows(hidden_states, self.gate.weight.device.type, self._linear_dtype)
         output = self.run(hidden_states.reshape(-1, hidden_states.shape[-1]), tokens)
@@ -165,11 +170,29 @@ class FusedMoE(nn.Module):
             )
         tokens = tokens if tokens is not None else TokenInputs()
         tokens.check(hidden_states.shape[0])
+        self.check_capture(hidden_states)
         return self.plan.runner.run(self, hidden_states, tokens)
 
     def route(self, hidden_states: Tensor, tokens: TokenInputs) -> Routing:
         """Choose experts: gate, router, observers. (T,H) -> `Routing`."""
         return self.finish_routing(self.gate(hidden_states, tokens), tokens, self.gate.tensors())
+
+    def check_capture(self, hidden_states: Tensor) -> None:
+        """Raise `CaptureUnsupported` in a CUDA graph that cannot hold the layer, before it begins.
+
+        Observers look after themselves.
+        """
+        if not is_capturing(hidden_states.device):
+            return
+        self.dispatcher.check_capture(hidden_states.device)
+        self.packed_experts.check_capture(hidden_states)
+        if self.moe_config.debug:
+            raise cannot_capture("debug (True)", "checks that read logits and ids", "Turn it off")
+        simulation = self.moe_config.routing.simulation
+        if simulation is not None and simulation.kind is not Simulation.REPLAY:
+            raise cannot_capture(
+                f"simulation ({simulation.kind.value})", "a generator seeded there", "Use replay"
+            )
 
     def step(self, num_tokens: int) -> StepContext:
         """What every rank brings to the forward that is under way."""
@@ -209,13 +232,13 @@ class FusedMoE(nn.Module):
         self, choice: Choice, tokens: TokenInputs, tensors: RouterTensors
     ) -> Routing:
         """Show the choice to the observers, then turn no-compute experts into -1 and a bypass."""
+        if self.moe_config.debug:
+            rule = self.moe_config.routing
+            check_ids(choice.ids, rule.num_choices + rule.num_fused_shared_experts)
         for observe in self.observers:
             observe(choice.ids, choice.weights)
         routing = self.plan.router.finish(choice.weights, choice.ids, tokens, tensors)
-        routing = replace(routing, router_logits=choice.logits)
-        if self.moe_config.debug:
-            check_ids(routing.topk_ids, self.moe_config.experts.num_experts)
-        return routing
+        return replace(routing, router_logits=choice.logits)
 
     def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:
         """Start the shared experts on (T,H) rows."""
@@ -281,7 +304,13 @@ class FusedMoE(nn.Module):
 
 
 def check_ids(ids: Tensor, num_experts: int) -> None:
-    """Raise `InputError` where an id is outside [-1, num_experts). Synchronises with the device."""
+    """Raise `InputError` where an id is outside [-1, num_experts). Synchronises with the device.
+
+    Raises:
+        CaptureUnsupported: a CUDA graph is being captured.
+    """
+    if is_capturing(ids.device):
+        raise cannot_capture("debug (True)", "a check of expert ids", "Turn it off")
     if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= num_experts):
         raise InputError(
             f"expert ids must be in [-1, {num_experts}); got {int(ids.min())} to {int(ids.max())}. "

@@ -1,8 +1,14 @@
-"""Shared by all tests: one thread a worker, and no network."""
+"""Shared by all tests: one thread a worker, no network, and where Triton's kernels run.
+
+In a run that asks for GPU tests (`-m gpu`) only the modules of `GPU_MODULES` are collected, which
+need nothing but torch, Triton, numpy and pytest; so does this file.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -10,11 +16,49 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
-from hypothesis import settings
 
-# A busy machine is slow, not wrong.
-settings.register_profile("mixtura", deadline=None)
-settings.load_profile("mixtura")
+GPU_MODULES = ("test_gpu_*.py", "test_triton_*.py")
+"""Test modules of which `-m gpu` runs something: the tests marked gpu, and all of Triton's."""
+
+
+def asks_for_gpu(config: pytest.Config) -> bool:
+    """Whether the expression after `-m` names gpu, and not to leave it out."""
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the device of Triton's kernels before anything imports Triton."""
+    if asks_for_gpu(config):
+        os.environ.pop("TRITON_INTERPRET", None)
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    from hypothesis import settings
+
+    # A busy machine is slow, not wrong.
+    settings.register_profile("mixtura", deadline=None)
+    settings.load_profile("mixtura")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out modules whose imports a machine with a GPU may not have."""
+    is_other = collection_path.name.startswith("test_") and not any(
+        collection_path.match(pattern) for pattern in GPU_MODULES
+    )
+    return True if asks_for_gpu(config) and is_other else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a GPU run Triton's tests are GPU tests."""
+    for item in items if asks_for_gpu(config) else ():
+        if item.path.match("test_triton_*.py"):
+            item.add_marker(pytest.mark.gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip GPU tests where there is no GPU."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip(f"needs a CUDA device; torch {torch.__version__} sees none")
 
 
 @pytest.fixture(autouse=True)

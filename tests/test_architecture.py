@@ -30,7 +30,7 @@ FLOORS: list[set[str]] = [
     {"kernels", "parallel"},
     {"quant"},
     {"types", "plugin"},
-    {"config", "env"},
+    {"config", "env", "cuda"},
     {"errors"},
 ]
 """A room may import any room on a floor below; rooms on one floor leave each other alone."""
@@ -39,7 +39,7 @@ NARROWER: dict[str, set[str]] = {
     "plugin": {"errors"},
     "quant": {"config", "errors", "env"},
     "eplb": {"parallel", "types", "config", "errors", "env"},
-    "parallel": {"quant", "types", "config", "errors", "env"},
+    "parallel": {"quant", "types", "config", "errors", "env", "cuda"},
     "__main__": {"cli"},
 }
 """Rooms that may import less than their floor allows."""
@@ -70,6 +70,8 @@ IMPORTS_INSIDE: dict[str, str] = {
     "mixtura.kernels.triton": "Triton is an optional extra",
     "mixtura.kernels.bypass": "Triton is an optional extra",
     "mixtura.dispatch.deep_ep": "deep_ep is an optional extra",
+    "mixtura.parallel.placement": "layers need only torch; safetensors is for files",
+    "mixtura.quant.block_codes": "layers need only torch; safetensors is for files",
 }
 """Modules and packages whose functions may import, and why."""
 

@@ -531,6 +531,12 @@ def test_options_do_not_change_what_is_computed(family, options):
     assert relative_error(found, output(family, stock(family).model)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_experts_know_of_debug(debug):
+    for block in blocks(converted("qwen3_moe", debug=debug)).values():
+        assert (block.moe_config.debug, block.packed_experts.options.debug) == (debug, debug)
+
+
 def test_eager_undoes_the_one_line_form():
     model = one_line("qwen3_moe")
     assert is_converted(model)

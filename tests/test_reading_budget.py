@@ -27,9 +27,19 @@ BRANCHES = (ast.If, ast.For, ast.While, ast.Match, ast.Try)
 VALUES = ("types.py", "config", "quant", "dispatch/contract.py")
 """Rooms of values: properties and checks of nouns, which a reader takes as read."""
 
-ACCESSORS = ("moe_config", "dispatcher", "tensors", "read", "check_rows", "shared_experts_order")
-"""Functions that return an attribute or a few together, check an argument, or are one pure
-decision."""
+ACCESSORS = (
+    "moe_config",
+    "dispatcher",
+    "tensors",
+    "read",
+    "check_rows",
+    "check_capture",
+    "is_capturing",
+    "on_device",
+    "shared_experts_order",
+)
+"""Functions that return an attribute or a few together, check an argument or where they are called,
+or are one pure decision."""
 
 
 def called_in_forward() -> dict[str, CodeType]:

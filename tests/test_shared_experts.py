@@ -199,6 +199,7 @@ def expected_order(
     is_remote: bool,
     is_summed: bool,
     is_tracing: bool,
+    is_recorded: bool,
 ) -> SharedExpertsOrder:
     """The decision table, read from the top."""
     table = [
@@ -206,7 +207,7 @@ def expected_order(
         (shared is not None and shared.is_external, SharedExpertsOrder.EXTERNAL),
         (is_summed, SharedExpertsOrder.SUMMED),
         (is_remote, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED),
-        (is_tracing, SharedExpertsOrder.NO_OVERLAP),
+        (is_tracing or is_recorded, SharedExpertsOrder.NO_OVERLAP),
         (device_type != "cuda", SharedExpertsOrder.NO_OVERLAP),
         (shared is not None and not shared.uses_stream, SharedExpertsOrder.NO_OVERLAP),
         (num_tokens > 16, SharedExpertsOrder.NO_OVERLAP),
@@ -224,9 +225,10 @@ def test_the_order_follows_the_decision_table():
     ]
     booleans = [False, True]
     seen = set()
-    for shared, device, num_tokens, is_remote, is_summed, is_tracing in itertools.product(
-        configs, ["cpu", "cuda", "meta"], [0, 1, 16, 17, 1000], booleans, booleans, booleans
+    for shared, device, num_tokens, *situation in itertools.product(
+        configs, ["cpu", "cuda", "meta"], [0, 1, 16, 17, 1000], *[booleans] * 4
     ):
+        is_remote, is_summed, is_tracing, is_recorded = situation
         order = shared_experts_order(
             shared,
             device_type=device,
@@ -234,8 +236,9 @@ def test_the_order_follows_the_decision_table():
             is_remote=is_remote,
             is_summed=is_summed,
             is_tracing=is_tracing,
+            is_recorded=is_recorded,
         )
-        expected = expected_order(shared, device, num_tokens, is_remote, is_summed, is_tracing)
+        expected = expected_order(shared, device, num_tokens, *situation)
         assert order is expected
         seen.add(order)
     assert seen == set(SharedExpertsOrder) - {SharedExpertsOrder.FUSED}
@@ -260,8 +263,24 @@ def test_order_on_a_gpu_by_its_default_threshold(changes, num_tokens, expected):
         is_remote=False,
         is_summed=False,
         is_tracing=False,
+        is_recorded=False,
     )
     assert order is expected
+
+
+def test_the_order_is_asked_for_with_what_autograd_does(monkeypatch):
+    asked: list[bool] = []
+
+    def note(*args: Any, is_recorded: bool, **situation: Any) -> SharedExpertsOrder:
+        asked.append(is_recorded)
+        return SharedExpertsOrder.NO_OVERLAP
+
+    monkeypatch.setattr("mixtura.runner.schedule.shared_experts_order", note)
+    layer = build_layer(moe_config(shared=PLAIN))
+    for is_on in (True, False):
+        with torch.set_grad_enabled(is_on):
+            layer(rows_of(2))
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("max_rows_per_pass", [None, 1, 3, 100])
@@ -312,28 +331,6 @@ def test_a_task_without_a_stream_is_there_at_once():
         task = module.start(rows_of(2), None, order)
         assert task.stream is None
         assert torch.equal(task.result(), module(rows_of(2)))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_shared_experts_on_a_stream_of_their_own():
-    config = moe_config(shared=VARIANTS["sigmoid gate"])
-    layer, rows = build_layer(config).cuda(), rows_of(64).cuda()
-    counter = RowCounter(layer)
-    orders: list[SharedExpertsOrder] = []
-    start = layer.start_shared
-
-    def noted(hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:
-        orders.append(order)
-        return start(hidden_states, order)
-
-    layer.start_shared = noted  # type: ignore[method-assign]
-    with torch.no_grad():
-        out = layer(rows)
-        expected = without_shared(layer).cuda()(rows) + shared_formula(layer, rows)
-    assert orders == [SharedExpertsOrder.MULTI_STREAM_OVERLAPPED]
-    assert counter.rows == rows.tolist()
-    assert_close(out, expected, torch.float32)
 
 
 # -------------------------------------------------------------------------------------------- fused

@@ -38,7 +38,7 @@ class SharedExpertsConfig:
         has_sigmoid_gate: the output is multiplied by `sigmoid(x @ gate.T)` (Qwen2-MoE).
         is_external: hand the output back apart from the routed one.
         uses_stream: run on an auxiliary CUDA stream while there are at most `stream_max_tokens`
-            tokens.
+            tokens and autograd does not record.
     """
 
     intermediate_size: int

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mixtura.cuda import cannot_capture, is_capturing
 from mixtura.errors import GradientUnsupported
 from mixtura.parallel.transport import Pending
 from mixtura.types import ExpertBatch, Full
@@ -29,7 +30,7 @@ class Dispatcher(ABC):
     Attributes:
         name: what the configuration calls it.
         is_remote: there are other ranks to wait for, so that work can be done meanwhile.
-        is_capturable: it can run inside a CUDA graph.
+        is_capturable: it can run inside a CUDA graph; `check_capture` refuses one that cannot.
         needs_same_replicas: every rank must choose the same replica of an expert for a token.
         part: (rank, ranks) where `combine` sums the rows of ranks that hold the same tokens: what
             each adds to its rows is in the sum.
@@ -45,6 +46,15 @@ class Dispatcher(ABC):
     part: tuple[int, int] | None = None
     needs_counts: bool = False
     wants_terms: bool = False
+
+    def check_capture(self, device: torch.device) -> None:
+        """Raise `CaptureUnsupported` in a CUDA graph that cannot hold it, before any exchange."""
+        if is_capturing(device) and not self.is_capturable:
+            raise cannot_capture(
+                f"dispatcher ({self.name})",
+                "one that exchanges sizes which the host reads",
+                "Let all ranks hold the same tokens (tokens='shared', dispatcher all_reduce)",
+            )
 
     @abstractmethod
     def dispatch(

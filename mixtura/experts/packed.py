@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
+from mixtura.cuda import cannot_capture, is_capturing, on_device
 from mixtura.errors import ConfigError, GradientUnsupported, InputError
 from mixtura.experts.storage import Storage, read_weights, tensor_of
 from mixtura.kernels import ExpertsKernel, KernelDecision, select_kernel
@@ -35,6 +36,7 @@ class ExpertsOptions:
         deterministic: only kernels whose rows do not depend on the batch.
         weight_on: where the routing weight applies.
         activation_dtype: the arithmetic with quantized weights.
+        debug: check ids on every call, on any device.
     """
 
     kernel: str | None = None
@@ -42,6 +44,7 @@ class ExpertsOptions:
     deterministic: bool = False
     weight_on: WeightOn = WeightOn.OUTPUT
     activation_dtype: ActivationDtype | None = None
+    debug: bool = False
 
 
 Fingerprint = tuple[tuple[int, int, int], ...]
@@ -179,23 +182,21 @@ class PackedExperts(nn.Module):
             InputError: the rows have another width, device or number than the experts or the ids
                 or, with dense weights, another dtype.
             GradientUnsupported: gradients are needed of quantized weights.
+            CaptureUnsupported: a CUDA graph is being captured that cannot hold the call.
         """
         rows = batch.hidden_states
         if "parametrizations" in self._modules:
             self.materialize()  # before anything is computed from freed parameters
-        needs_grad = torch.is_grad_enabled() and (
-            rows.requires_grad
-            or batch.topk_weights.requires_grad
-            or any(tensor.requires_grad for tensor in self._sources())
-        )
-        kernel = self._kernel_for(batch, needs_grad)
+        kernel = self._kernel_for(batch, self._needs_grad(rows, batch.topk_weights))
+        self._check_capture(kernel, rows.device)
         if torch.compiler.is_compiling() and not kernel.packs_in_graphs and not self._holds(kernel):
             out: Tensor = torch.ops.mixtura.experts(
                 rows, batch.local_ids, batch.topk_weights, self.key, reduce
             )
             return out
         packed = self.pack(kernel)
-        return kernel.run(packed, batch, weight_on=self.options.weight_on, reduce=reduce)
+        with on_device(rows.device):
+            return kernel.run(packed, batch, weight_on=self.options.weight_on, reduce=reduce)
 
     def _kernel_for(self, batch: ExpertBatch, needs_grad: bool) -> ExpertsKernel:
         """Check a batch; -> the kernel that runs it."""
@@ -262,6 +263,34 @@ class PackedExperts(nn.Module):
             if held is not None and self._is_current(held, kernel):
                 return held.packed  # another thread was first
             return self._pack_now(kernel)
+
+    def _needs_grad(self, *inputs: Tensor) -> bool:
+        """Whether gradients are needed of the inputs or the weights."""
+        return torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (*inputs, *self._sources())
+        )
+
+    def check_capture(self, rows: Tensor) -> None:
+        """What `run_batch` would raise in a CUDA graph, before anything of a layer is launched."""
+        if is_capturing(rows.device):
+            problem = self.problem(rows.dtype, needs_grad=self._needs_grad(rows))
+            self._check_capture(self.decide(problem).kernel, rows.device)
+
+    def _check_capture(self, kernel: ExpertsKernel, device: torch.device) -> None:
+        """Raise `CaptureUnsupported` in a CUDA graph that cannot hold a call of the kernel."""
+        if not is_capturing(device):
+            return
+        if not kernel.is_capturable:
+            raise cannot_capture(
+                f"kernel ({kernel.name})", "one that reads ids there", "Choose another kernel"
+            )
+        held = self.state.held
+        if not kernel.shares_memory and (held is None or not self._is_current(held, kernel)):
+            raise cannot_capture(
+                f"kernel ({kernel.name})",
+                "weights that it has not packed yet",
+                "Run the layer once before the capture",
+            )
 
     def _holds(self, kernel: ExpertsKernel) -> bool:
         """Whether the kernel has the weights, and nobody else."""
@@ -403,7 +432,7 @@ class PackedExperts(nn.Module):
         self._take_key()
 
 
-@torch.library.custom_op("mixtura::experts", mutates_args=())
+@torch.library.custom_op("mixtura::experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _call_experts(
     rows: Tensor, local_ids: Tensor, topk_weights: Tensor, key: Tensor, reduce: bool
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixtura.config import SharedExpertsConfig, SharedExpertsOrder
+from mixtura.cuda import is_capturing
 from mixtura.kernels.contract import sum_dtype
 from mixtura.kernels.reference.activation import activate
 from mixtura.kernels.reference.linear import linear_by_row
@@ -23,11 +24,13 @@ def shared_experts_order(
     is_remote: bool,
     is_summed: bool,
     is_tracing: bool,
+    is_recorded: bool,
 ) -> SharedExpertsOrder:
     """When shared experts run in this call. Pure, so that every caller decides alike.
 
     `is_remote`: the dispatcher waits on other ranks, which is time to use. `is_summed`: each of
-    them can run a part. Under tracing the auxiliary stream is not used.
+    them can run a part. The auxiliary stream is not used under tracing; nor where autograd records,
+    as a backward pass would free rows that the stream still reads.
     """
     if config is None:
         return SharedExpertsOrder.NONE
@@ -40,6 +43,7 @@ def shared_experts_order(
     if (
         config.uses_stream
         and not is_tracing
+        and not is_recorded
         and device_type == "cuda"
         and num_tokens <= config.stream_max_tokens
     ):
@@ -49,17 +53,26 @@ def shared_experts_order(
 
 @dataclass(frozen=True, slots=True)
 class SharedTask:
-    """Shared experts under way; `result` waits for them where their sum is needed."""
+    """Shared experts under way; `result` waits for them where their sum is needed.
+
+    Attributes:
+        output: (T,H), to be read by nobody before `result` has returned it.
+        stream: that it is computed on, where that is not the calling one.
+        rows: what is read there, kept until then.
+    """
 
     output: Tensor
     stream: torch.cuda.Stream | None = None
+    rows: Tensor | None = None
 
     def result(self) -> Tensor:
         """(T,H); the calling stream waits for the auxiliary one."""
         if self.stream is not None:
             current = torch.cuda.current_stream(self.output.device)
             current.wait_stream(self.stream)
-            self.output.record_stream(current)
+            # In a graph it would keep the memory until the capture ends; see `_auxiliary_stream`.
+            if not is_capturing(self.output.device):
+                self.output.record_stream(current)
         return self.output
 
 
@@ -183,20 +196,24 @@ class SharedExperts(nn.Module):
             return SharedTask(self.run_part(hidden_states, gate_weight, *part))
         if order is not SharedExpertsOrder.MULTI_STREAM_OVERLAPPED:
             return SharedTask(self(hidden_states, gate_weight))
-        stream = _auxiliary_stream(hidden_states.device)
-        stream.wait_stream(torch.cuda.current_stream(hidden_states.device))
+        current = torch.cuda.current_stream(hidden_states.device)
+        stream = _auxiliary_stream(current)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             output = self(hidden_states, gate_weight)
-            hidden_states.record_stream(stream)
-        return SharedTask(output, stream)
+        return SharedTask(output, stream, hidden_states)
 
 
-_STREAMS: dict[int, torch.cuda.Stream] = {}
+_STREAMS: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
 
-def _auxiliary_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one auxiliary stream of a device."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    if index not in _STREAMS:
-        _STREAMS[index] = torch.cuda.Stream(device=index)  # type: ignore[no-untyped-call]
-    return _STREAMS[index]
+def _auxiliary_stream(current: torch.cuda.Stream) -> torch.cuda.Stream:
+    """The stream beside a stream, on its device; each has one of its own.
+
+    Work on it starts behind all that was started on `current`, and on no other stream: in a graph
+    that is what keeps memory which is free again from being written before `current` has read it.
+    """
+    key = (current.device, current.cuda_stream)
+    if key not in _STREAMS:
+        _STREAMS[key] = torch.cuda.Stream(device=current.device)  # type: ignore[no-untyped-call]
+    return _STREAMS[key]

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mixtura.config import EplbConfig
+from mixtura.cuda import is_capturing
 from mixtura.eplb import ExpertBalancer
 from mixtura.errors import ConfigError
 from mixtura.hf.experts import FamilyExperts
@@ -85,4 +86,7 @@ def spread_of(model: nn.Module, path: str) -> Spread | None:
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    getattr(module, BALANCER).step()
+    balancer: ExpertBalancer = getattr(module, BALANCER)
+    # A graph's replays run no hooks: whoever replays it calls `step` after each.
+    if not is_capturing(balancer.ledger.counts.device):
+        balancer.step()

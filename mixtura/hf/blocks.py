@@ -208,7 +208,6 @@ class BlockOptions:
     experts: ExpertsOptions
     runner: RunnerConfig
     gate: GatePrecision
-    debug: bool
     ranks: ExpertParallel | None = None
 
 
@@ -347,7 +346,7 @@ def plan_block(
         runner=options.runner,
         gate=options.gate,
         deterministic=options.experts.deterministic,
-        debug=options.debug,
+        debug=options.experts.debug,
         activation_dtype=options.experts.activation_dtype,
     )
     _check_gate(gate, spec, config, type(block).__name__)

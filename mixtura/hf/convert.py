@@ -124,10 +124,10 @@ def convert(
             activation_dtype=None
             if activation_dtype is None
             else ActivationDtype.parse(activation_dtype),
+            debug=debug,
         ),
         runner=run.runner(ranks),
         gate=GatePrecision.parse(gate),
-        debug=debug,
         ranks=ranks,
     )
 

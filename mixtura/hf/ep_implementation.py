@@ -65,6 +65,7 @@ class MixturaEP(EPImplementation):  # type: ignore[misc]
                 "rows that cross ranks must not need gradients with ep_implementation 'mixtura'; "
                 "got some that do. Use torch.no_grad(), or ep_implementation='auto' to train."
             )
+        self.dispatcher.check_capture(hidden_states.device)
         ids = top_k_index.to(torch.int32)
         arrived = self.dispatcher.dispatch(hidden_states, ids, top_k_weights).wait()
         batch = arrived.batch

@@ -85,6 +85,7 @@ class FamilyExperts(AdoptedExperts):
     def run_spread(self, spread: Spread, batch: ExpertBatch) -> Tensor:
         """Rows with logical ids -> (T,H), wherever their experts are."""
         rows, dispatcher = batch.hidden_states, self.dispatcher
+        dispatcher.check_capture(rows.device)
         num_rows = None
         if dispatcher.needs_counts:
             num_rows = spread.ranks.clock.current(rows.shape[0]).num_tokens
@@ -302,7 +303,7 @@ def experts_forward(
     ids = top_k_index.to(torch.int32)
     if getattr(module, "_is_expert_parallel", False):
         ids = torch.where(ids >= num_experts, -1, ids)
-    elif ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif module.options.debug or (ids.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_ids(ids, num_experts)
     for observer in module.observers:
         observer(ids, top_k_weights)

@@ -108,7 +108,6 @@ def explain(
         experts=ExpertsOptions(kernel=kernel, strict=strict, deterministic=deterministic),
         runner=RunnerConfig(),
         gate=GatePrecision.parse(gate),
-        debug=False,
     )
     blocks, experts, reasons = plan_layers(empty, options)
     kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.config import GatePrecision
+from mixtura.cuda import cannot_capture, is_capturing
 from mixtura.hf.adopt import get_attribute
 from mixtura.routing import RouterTensors
 from mixtura.routing.gate import Choice, GatePlan
@@ -129,6 +130,10 @@ class SortedGate(LogitsGate):
     """Returns slots sorted by expert, with their tokens, weights, counts, and logits (JetMoE)."""
 
     def to_family(self, choice: Choice) -> Any:
+        if is_capturing(choice.ids.device):
+            raise cannot_capture(
+                "the gate of JetMoE", "counts that it returns as a list", "Capture other parts"
+            )
         ids, top_k = choice.ids.flatten(), choice.ids.shape[1]
         order = ids.argsort(stable=True)
         counts = ids.new_zeros(self.gate_plan.router.config.num_experts)

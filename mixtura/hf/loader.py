@@ -175,7 +175,6 @@ def plan_load(empty: PreTrainedModel, formats: LoadFormats) -> LoadPlan:
         experts=ExpertsOptions(),
         runner=RunnerConfig(),
         gate=GatePrecision.FP32,
-        debug=False,
     )
     blocks, alone, reasons = plan_layers(empty, options)
     experts = {}

@@ -70,7 +70,6 @@ class PackedLoad:
                 experts=ExpertsOptions(),
                 runner=RunnerConfig(),
                 gate=GatePrecision.FP32,
-                debug=False,
             ),
         )
         plans = {

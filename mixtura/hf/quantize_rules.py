@@ -65,9 +65,7 @@ def find_layers(empty: PreTrainedModel, packs_linears: bool) -> ModelLayers:
     Raises:
         UnsupportedModel: there are no experts that mixtura runs, or none of those linear layers.
     """
-    options = BlockOptions(
-        experts=ExpertsOptions(), runner=RunnerConfig(), gate=GatePrecision.FP32, debug=False
-    )
+    options = BlockOptions(experts=ExpertsOptions(), runner=RunnerConfig(), gate=GatePrecision.FP32)
     blocks, alone, reasons = plan_layers(empty, options)
     if not blocks and not alone:
         first = next((f" {name}: {reason}" for name, reason in reasons.items()), "")

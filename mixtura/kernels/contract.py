@@ -31,6 +31,8 @@ class ExpertsKernel(ABC):
             for all of them.
         rounds_between: gate, up and experts' outputs are rounded to the rows' dtype on their way.
         shares_memory: `pack` returns views of the given weights and frees nothing.
+        is_capturable: `run` never waits for the host on a GPU, so that a CUDA graph can hold it;
+            elsewhere it is of no account.
         packs_in_graphs: torch.compile can trace `pack`; else a graph's first call packs.
         activation_dtypes: the arithmetic with quantized weights that may be asked for.
         rounding_codes: codes that it rounds rows to with the stored scales of `ExpertWeights`.
@@ -43,6 +45,7 @@ class ExpertsKernel(ABC):
     is_row_invariant: ClassVar[bool] = False
     rounds_between: ClassVar[bool] = False
     shares_memory: ClassVar[bool] = False
+    is_capturable: ClassVar[bool] = False
     packs_in_graphs: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = ()
     rounding_codes: ClassVar[tuple[Code, ...]] = ()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtura.config import ExpertsConfig, MoEConfig
+from mixtura.cuda import cannot_capture, is_capturing
 from mixtura.errors import InputError, TraceError
 
 FORMAT, VERSION = "mixtura routing trace", 1
@@ -224,6 +225,10 @@ class _LayerRecorder:
         self.parts: list[Tensor] = []
 
     def __call__(self, ids: Tensor, weights: Tensor) -> None:
+        if is_capturing(ids.device):
+            raise cannot_capture(
+                "capture_routing", "ids that it copies to the host", "Record without the graph"
+            )
         ids = ids.detach()[:, : self.top_k].cpu()  # fused shared experts follow the chosen ones
         check_range(ids, self.num_choices)
         self.parts.append(ids.to(ids_dtype(self.num_choices)))

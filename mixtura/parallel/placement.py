@@ -15,8 +15,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtura.errors import InputError, MixturaError, PlacementError
@@ -289,6 +287,9 @@ class ModelPlacement:
         Raises:
             PlacementError: the file cannot be written.
         """
+        from safetensors import SafetensorError  # noqa: PLC0415 - layers need only torch
+        from safetensors.torch import save_file  # noqa: PLC0415
+
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
@@ -342,6 +343,8 @@ NUMBERS = ("num_experts", "generation", "version")
 
 def _read(path: str | Path) -> tuple[dict[str, str], Tensor]:
     """The metadata of a placement's file, of the version that is read, and its table."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - layers need only torch
+
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}

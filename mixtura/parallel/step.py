@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from mixtura.config import TokensHeld
+from mixtura.cuda import cannot_capture, is_capturing
 from mixtura.errors import ParallelError
 from mixtura.parallel.transport import Transport
 from mixtura.types import StepContext
@@ -71,6 +74,10 @@ class StepClock:
         if self.tokens is TokensHeld.SHARED:
             size = self.transport.size
             return StepContext(number, (num_tokens,) * size, (wants,) * size, (is_done,) * size)
+        if is_capturing(torch.device(self.transport.device)):
+            raise cannot_capture(
+                "the forward's step", "an exchange of the ranks' tokens", "Use tokens='shared'"
+            )
         told = self.transport.exchange((number, num_tokens, wants, is_done))
         numbers, counts, votes, done = zip(*told, strict=True)
         if any(other != number for other in numbers):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 GRIDS = Path(__file__).with_name("ggml_grids.safetensors")
@@ -50,6 +49,8 @@ def decode_rows(code: BlockCode, values: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=32)
 def _grid(name: str, device: torch.device) -> Tensor:
     """Points of a grid, (points, 4 or 8) fp32."""
+    from safetensors.torch import load_file  # noqa: PLC0415 - layers need only torch
+
     return load_file(GRIDS)[name].to(device=device, dtype=torch.float32)
 
 

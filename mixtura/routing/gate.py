@@ -97,8 +97,10 @@ class GatePlan:
         """Score (T,H) rows with `weight` (num_logits, H) and choose K experts for each.
 
         Raises:
-            InputError: with `debug`, NaN logits.
+            InputError: with `debug`, NaN logits, or ids of tokens that are out of range.
         """
+        if self.debug:
+            self.router.check_tokens(tokens, tensors)
         is_native = self.precision is GatePrecision.NATIVE
         native = self.router.config.native
         kernel, learned = self.router.kernel, (tensors.selection_bias, tensors.per_expert_scale)

@@ -92,9 +92,15 @@ def _has_shape(tensor: Tensor, shape: tuple[int | str, ...]) -> bool:
     )
 
 
+def _check_on_cpu(name: str, ids: Tensor, limit: int) -> None:
+    """As `_check_range`, on a CPU; other devices are not waited for."""
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(name, ids, limit)
+
+
 def _check_range(name: str, ids: Tensor, limit: int) -> None:
-    """Raise `InputError` where an id is outside [0, limit); other devices are not waited for."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+    """Raise `InputError` where an id is outside [0, limit)."""
+    if ids.numel() == 0:
         return
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= limit:
@@ -188,8 +194,18 @@ class Router:
                 f"replayed_ids must be (tokens, {self.config.top_k}); got the shape "
                 f"{tuple(replayed_ids.shape)}. Record them with this routing configuration."
             )
-        _check_range("replayed_ids", replayed_ids, self.config.num_choices)
+        _check_on_cpu("replayed_ids", replayed_ids, self.config.num_choices)
         return replayed_ids.long()
+
+    def check_tokens(self, tokens: TokenInputs, tensors: RouterTensors) -> None:
+        """Raise `InputError` where ids that tokens bring along would index beyond a table.
+
+        Waits for the device, and so is for debugging; on a CPU the same is checked on every call.
+        """
+        if tokens.replayed_ids is not None:
+            _check_range("replayed_ids", tokens.replayed_ids, self.config.num_choices)
+        if tokens.input_ids is not None and tensors.hash_table is not None:
+            _check_range("input_ids", tokens.input_ids, tensors.hash_table.shape[0])
 
     def finish(
         self, weights: Tensor, ids: Tensor, tokens: TokenInputs, tensors: RouterTensors
@@ -248,7 +264,7 @@ class HashRouter(Router):
                 "input_ids (None) must be given to a hash router; got no token ids. Pass input_ids."
             )
         assert tensors.hash_table is not None
-        _check_range("input_ids", tokens.input_ids, tensors.hash_table.shape[0])
+        _check_on_cpu("input_ids", tokens.input_ids, tensors.hash_table.shape[0])
         return tensors.hash_table[tokens.input_ids].long()
 
 

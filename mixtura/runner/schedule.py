@@ -91,6 +91,7 @@ def one_batch(
         is_remote=layer.dispatcher.is_remote,
         is_summed=layer.sums_shared,
         is_tracing=torch.compiler.is_compiling(),
+        is_recorded=torch.is_grad_enabled(),
     )
     shared: SharedTask | None = None
     if order in BEFORE_ROUTING:

@@ -68,8 +68,15 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_rows, grad_weight, None
 
 
-_linear_operator = torch.library.custom_op("mixtura::grouped_linear", _linear, mutates_args=())
-_outer_operator = torch.library.custom_op("mixtura::grouped_outer", _outer, mutates_args=())
+_IN_NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
+"""What tells the compiler's CUDA graphs to leave an operator out: ours wait for the host."""
+
+_linear_operator = torch.library.custom_op(
+    "mixtura::grouped_linear", _linear, mutates_args=(), tags=_IN_NO_CUDA_GRAPH
+)
+_outer_operator = torch.library.custom_op(
+    "mixtura::grouped_outer", _outer, mutates_args=(), tags=_IN_NO_CUDA_GRAPH
+)
 
 
 @_linear_operator.register_fake
