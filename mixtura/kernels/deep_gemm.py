@@ -34,6 +34,7 @@ class DeepGemmKernel(StoredWeightsKernel):
     """Dense bf16 experts on Hopper and Blackwell, weights as they are stored."""
 
     name: ClassVar[str] = "deep_gemm"
+    is_capturable: ClassVar[bool] = True
     rounds_between: ClassVar[bool] = True
     devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
     automatic_on: ClassVar[tuple[str, ...] | None] = ()

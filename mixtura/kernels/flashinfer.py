@@ -65,6 +65,7 @@ class FlashInferKernel(ExpertsKernel):
     """Dense bf16 and fp16 experts on Hopper and Blackwell, in a copy of the weights."""
 
     name: ClassVar[str] = "flashinfer"
+    is_capturable: ClassVar[bool] = True
     rounds_between: ClassVar[bool] = True
     devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
     automatic_on: ClassVar[tuple[str, ...] | None] = ()

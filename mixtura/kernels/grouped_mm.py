@@ -34,6 +34,7 @@ class GroupedMmKernel(StoredWeightsKernel):
     """Dense experts on CUDA, weights as they are stored; on a CPU where it is asked for."""
 
     name: ClassVar[str] = "grouped_mm"
+    is_capturable: ClassVar[bool] = True
     rounds_between: ClassVar[bool] = True
     devices: ClassVar[tuple[str, ...] | None] = ("cuda", "cpu")
     automatic_on: ClassVar[tuple[str, ...] | None] = ("cuda",)

@@ -25,6 +25,7 @@ class TritonKernel(StoredWeightsKernel):
     """Dense bf16 and fp16 experts on a GPU; the weights stay as they are stored."""
 
     name: ClassVar[str] = "triton"
+    is_capturable: ClassVar[bool] = True
     devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
