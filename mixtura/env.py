@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from mixtura.errors import ParallelError
 
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 LOCAL_RANK, LOCAL_WORLD_SIZE = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+CACHE_HOME = "XDG_CACHE_HOME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +50,12 @@ def read_launch() -> Launch | None:
             )
         found.append(int(text))
     return Launch(*found)
+
+
+def cache_directory() -> Path:
+    """Where the user keeps what can be made again: mixtura's part of it, which need not exist.
+
+    Source: XDG Base Directory Specification; a path that is not absolute does not count.
+    """
+    given = Path(os.environ.get(CACHE_HOME, ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "mixtura"

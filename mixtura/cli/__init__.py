@@ -49,6 +49,7 @@ VERBS: dict[str, Verb] = {
     "eplb": Verb("mixtura.cli.eplb", "Say what balancing experts over ranks would bring."),
     "quantize": Verb("mixtura.cli.quantize", "Quantize a checkpoint on disk."),
     "bench": Verb("mixtura.cli.bench", "Measure speed beside the limits of this machine."),
+    "tune": Verb("mixtura.cli.tune", "Look for faster blocks for a model's experts on this GPU."),
     "doctor": Verb("mixtura.cli.doctor", "Say what this machine offers, and what is missing."),
 }
 

@@ -94,11 +94,12 @@ class Package:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A GPU, its memory in bytes and its compute capability."""
+    """A GPU, its memory in bytes, its compute capability, and the tuned blocks for it in words."""
 
     name: str
     memory: int
     capability: str
+    tuned: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,13 +265,24 @@ def find_gpus() -> tuple[Gpu, ...]:
     """The GPUs that torch can use."""
     import torch
 
+    from mixtura.kernels.triton.device import device_of
+    from mixtura.kernels.triton.tuned import read_tuned, tuned_path
+
     if not torch.cuda.is_available():
         return ()
-    found = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-    return tuple(
-        Gpu(name=gpu.name, memory=gpu.total_memory, capability=f"{gpu.major}.{gpu.minor}")
-        for gpu in found
-    )
+    found = []
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        device = device_of(torch.device("cuda", number))
+        found.append(
+            Gpu(
+                name=gpu.name,
+                memory=gpu.total_memory,
+                capability=f"{gpu.major}.{gpu.minor}",
+                tuned=str(read_tuned(tuned_path(device), device)),
+            )
+        )
+    return tuple(found)
 
 
 def find_packages() -> tuple[Package, ...]:
@@ -401,6 +413,7 @@ def rows_of(found: Diagnosis) -> list[tuple[str, str, str]]:
     )
     for gpu in found.gpus:
         rows.append(("GPU", f"{gpu.name}, {_gib(gpu.memory)}, {gpu.capability}", ""))
+        rows.append(("tuned blocks", gpu.tuned, ""))
     if not found.gpus:
         rows.append(("GPU", "none", "everything runs on the CPU"))
     for package in found.packages:

@@ -82,8 +82,10 @@ def explain(
         )
         ranks = None if spread is None else explain_ranks(found, spread, num_nodes=nodes)
     memory = memory_of(found.device)
+    tuned = tuned_of(found)
     if as_json:
         data = as_data(name, found, memory)
+        data["tuned"] = tuned
         if ranks is not None:
             data["ranks"] = {**asdict(ranks), **advice_of(ranks, memory[0])}
         typer.echo(json.dumps(data, indent=2))
@@ -92,6 +94,8 @@ def explain(
 
     console = Console(highlight=False, soft_wrap=True)
     print_model(console, name if model is not None else "the model in the box", found, memory)
+    if tuned is not None:
+        _print_rows(console, {"tuned": tuned})
     for group in found.groups:
         print_group(console, group)
     if ranks is not None:
@@ -108,6 +112,31 @@ def memory_of(device: str) -> tuple[int | None, int | None]:
         free, total = torch.cuda.mem_get_info(device)
         return total, free
     return None, None
+
+
+def tuned_of(found: ModelExplanation) -> str | None:
+    """The tuned blocks for the model's experts in words; None where no kernel would use them."""
+    import torch
+
+    from mixtura.kernels.triton import TritonKernel
+    from mixtura.kernels.triton.device import device_of
+    from mixtura.kernels.triton.tuned import read_tuned, tuned_path
+
+    parts = [layer.experts for layer in found.layers if layer.experts is not None]
+    sizes = {
+        (part.num_experts, part.hidden_size, part.intermediate_size, part.layout)
+        for part in parts
+        if part.kernel == TritonKernel.name
+    }
+    if not sizes or not torch.cuda.is_available():
+        return None
+    device = device_of(torch.device(found.device))
+    file = read_tuned(tuned_path(device), device)
+    num_entries = sum(
+        (key.num_experts, key.hidden_size, key.intermediate_size, key.gate_up.value) in sizes
+        for key in file.entries
+    )
+    return f"{num_entries} entries for these experts; {file}"
 
 
 def as_data(

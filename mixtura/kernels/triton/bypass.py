@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtura.kernels.triton.device import on_device
+from mixtura.cuda import on_device
 
 BLOCK_H = 1024
 """Columns of a program."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
 
 import torch
 
@@ -50,7 +48,10 @@ class Device:
         return self.capability is not None and self.capability[0] >= 9
 
 
-INTERPRETER = Device("Triton's interpreter", (9, 0), 3, 232448, is_interpreter=True)
+HOPPER = Device("H100, H200", (9, 0), 132, 232448)
+"""Source: NVIDIA's tuning guide."""
+
+INTERPRETER = replace(HOPPER, name="Triton's interpreter", num_processors=3, is_interpreter=True)
 """Hopper's limits, and so few processors that programs walk over several tiles each."""
 
 
@@ -65,9 +66,13 @@ def device_of(device: torch.device) -> Device:
     return Device(found.name, capability, found.multi_processor_count, shared)
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current device: launches go there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@lru_cache
+def triton_version() -> str | None:
+    """As it is installed; None for a build of another maker, under another name."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @lru_cache
@@ -76,10 +81,7 @@ def missing() -> str | None:
     wanted = ".".join(map(str, MIN_TRITON))
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed; install triton >= {wanted}"
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        version = wanted  # a build of another maker, under another name
+    version = triton_version() or wanted
     parts = version.split(".")
     if tuple(int(part) for part in parts[:2]) < MIN_TRITON:
         return f"needs triton >= {wanted}, and {version} is installed"

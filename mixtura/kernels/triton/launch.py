@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtura.config import Activation, ExpertsConfig, GateUp, LimitOn, WeightOn
+from mixtura.cuda import on_device
 from mixtura.errors import DeviceMemoryError
 from mixtura.kernels.triton.align import order_slots
 from mixtura.kernels.triton.combine import combine_kernel
-from mixtura.kernels.triton.device import Device, device_of, on_device
+from mixtura.kernels.triton.device import Device, device_of
 from mixtura.kernels.triton.direct import direct_down_kernel, direct_gate_up_kernel
 from mixtura.kernels.triton.down import down_kernel
 from mixtura.kernels.triton.gate_up import gate_up_kernel
@@ -27,11 +29,9 @@ from mixtura.kernels.triton.table import (
     Key,
     Product,
     blocks_for,
-    fitted,
     shared_bytes,
-    suited,
-    width_of,
 )
+from mixtura.kernels.triton.tuned import tuned_for
 from mixtura.types import ExpertBatch, ExpertOrder, ExpertWeights, Tiling
 
 TILES_PER_GROUP = 8
@@ -75,13 +75,15 @@ def run_experts(
     if num_rows == 0 or top_k == 0:
         shape = (num_rows, config.hidden_size) if reduce else (num_rows, top_k, config.hidden_size)
         return rows.new_zeros(shape, dtype=rows.dtype if reduce else torch.float32)
+    device = device_of(rows.device)
     call = Call(
         weights,
         rows if rows.stride(1) == 1 else rows.contiguous(),
         ids.to(torch.int32).contiguous(),
         batch.topk_weights.to(torch.float32).contiguous(),
         weighs_input=weight_on is WeightOn.INPUT,
-        device=device_of(rows.device),
+        device=device,
+        tuned=tuned_for(device),
     )
     with on_device(rows.device):
         regime = regime_for(num_rows, top_k, config.num_experts)
@@ -100,6 +102,7 @@ class Call:
 
     Attributes:
         rows: (M, H), columns next to each other. ids: (M, K) int32. topk_weights: (M, K) fp32.
+        tuned: blocks that come before the table's.
     """
 
     weights: ExpertWeights
@@ -108,6 +111,7 @@ class Call:
     topk_weights: Tensor
     weighs_input: bool
     device: Device
+    tuned: Mapping[Key, Blocks] = field(default_factory=dict)
 
     @property
     def config(self) -> ExpertsConfig:
@@ -279,23 +283,28 @@ class Call:
 
     def blocks(self, product: Product, tile_rows: int) -> Blocks:
         """How a product is cut."""
-        key, is_doubled = self.key(product, tile_rows)
-        is_first = product is Product.GATE_UP
-        matrix = self.weights.gate_up_proj if is_first else self.weights.down_proj
-        is_transposed = matrix.values.stride(2) != 1
-        blocks = suited(blocks_for(key, self.device), key, matrix.shape[2], is_transposed)
-        return fitted(blocks, key, self.device, is_doubled=is_doubled)
+        key = self.key(product, tile_rows)
+        return blocks_for(key, self.device, self.tuned.get(key))
 
-    def key(self, product: Product, tile_rows: int) -> tuple[Key, bool]:
-        """What blocks are found by, and whether every step reads weights of gate and of up."""
-        config = self.config
-        key = Key(self.rows.dtype, product, tile_rows, width_of(config.intermediate_size))
-        return key, product is Product.GATE_UP and config.is_gated
+    def key(self, product: Product, tile_rows: int) -> Key:
+        """What blocks are found by."""
+        config, weights = self.config, self.weights
+        is_first = product is Product.GATE_UP
+        matrix = weights.gate_up_proj if is_first else weights.down_proj
+        return Key(
+            self.rows.dtype,
+            product,
+            tile_rows,
+            config.num_experts,
+            config.hidden_size,
+            config.intermediate_size,
+            config.gate_up,
+            matrix.values.stride(2) != 1,
+        )
 
     def shared_bytes(self, product: Product, tile_rows: int) -> int:
         """Shared memory that a program is expected to take."""
-        key, is_doubled = self.key(product, tile_rows)
-        return shared_bytes(self.blocks(product, tile_rows), key, is_doubled=is_doubled)
+        return shared_bytes(self.blocks(product, tile_rows), self.key(product, tile_rows))
 
     def grid(self, blocks: Blocks, order: ExpertOrder, num_columns: int) -> tuple[int]:
         """Programs for every tile that there may be; those of tiles that there are not end."""

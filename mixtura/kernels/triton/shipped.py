@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtura.config import SWIGLU_OAI, Activation, ActivationFunction, ExpertsConfig, GateUp
-from mixtura.kernels.triton.device import Device
+from mixtura.kernels.triton.device import HOPPER, Device
 from mixtura.kernels.triton.launch import Call, Launch
 from mixtura.kernels.triton.regimes import LARGE_TILING, SMALL_TILES
 from mixtura.kernels.triton.table import DIRECT_TILE, Product
@@ -22,7 +22,7 @@ from mixtura.quant.matrix import dense
 from mixtura.types import ExpertOrder, ExpertWeights, Tiling
 
 DEVICES = {
-    90: Device("H100, H200", (9, 0), 132, 232448),
+    90: HOPPER,
     80: Device("A100", (8, 0), 108, 166912),
     89: Device("L40S, RTX 4090", (8, 9), 142, 101376),
     100: Device("B200", (10, 0), 148, 232448),

@@ -1,18 +1,19 @@
 """Which blocks a problem runs with: a small table instead of a file for every shape and GPU.
 
-An entry is found by the dtype of the weights, the rows of a tile (which regimes.py derives from the
-rows of an expert) and how wide the experts are; what a GPU cannot hold is made smaller, so that
-there is no shape and no GPU without an entry. `mixtura tune` may put others before it.
+An entry is found by the rows of a tile (which regimes.py derives from the rows of an expert) and
+how wide the experts are; what a GPU cannot hold is made smaller, so that there is no shape and no
+GPU without an entry. `mixtura tune` measures others, which come first where they won (tuned.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 
 import torch
 
+from mixtura.config import GateUp
 from mixtura.kernels.triton.device import Device
 
 DIRECT_TILE = 1
@@ -70,16 +71,47 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What an entry of the table is found by.
+    """A product of experts, as far as the choice of blocks depends on it.
+
+    The table looks at some of it; a tuned entry is for all of it, so that none of one model's is
+    another's.
 
     Attributes:
         tile_rows: DIRECT_TILE, or the rows of a tile.
+        num_experts, hidden_size, intermediate_size, gate_up: of `ExpertsConfig`.
+        is_transposed: the matrix's columns are not next to each other in memory, its rows are.
     """
 
     dtype: torch.dtype
     product: Product
     tile_rows: int
-    width: Width
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    gate_up: GateUp = GateUp.STACKED
+    is_transposed: bool = False
+
+    @property
+    def width(self) -> Width:
+        """The size class of the experts."""
+        return Width.SLIM if self.intermediate_size <= SLIM_MAX else Width.WIDE
+
+    @property
+    def num_columns(self) -> int:
+        """Outputs of the product."""
+        is_first = self.product is Product.GATE_UP
+        return self.intermediate_size if is_first else self.hidden_size
+
+    @property
+    def depth(self) -> int:
+        """Inputs of the product: columns of the matrix."""
+        is_first = self.product is Product.GATE_UP
+        return self.hidden_size if is_first else self.intermediate_size
+
+    @property
+    def is_doubled(self) -> bool:
+        """Weights of gate and of up are read in every step."""
+        return self.product is Product.GATE_UP and self.gate_up is not GateUp.UNGATED
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -124,19 +156,6 @@ out, beside what the next tile's first steps need."""
 SLIM_COLUMNS = {Product.GATE_UP: 64, Product.DOWN: 64}
 """Columns of a block at most where experts are slim and rows are few."""
 
-_tuned: dict[Key, Blocks] = {}
-
-
-def use_tuned(entries: Mapping[Key, Blocks]) -> None:
-    """Put entries before the table's own, for this process; an empty mapping takes them away."""
-    _tuned.clear()
-    _tuned.update(entries)
-
-
-def width_of(intermediate_size: int) -> Width:
-    """The size class of experts."""
-    return Width.SLIM if intermediate_size <= SLIM_MAX else Width.WIDE
-
 
 def shipped_blocks(key: Key, device: Device) -> Blocks:
     """The table's own entry for a GPU, before it is made to fit."""
@@ -150,37 +169,35 @@ def shipped_blocks(key: Key, device: Device) -> Blocks:
     return blocks
 
 
-def blocks_for(key: Key, device: Device) -> Blocks:
-    """Tuned blocks, else the table's; `suited` and `fitted` come after."""
-    return _tuned.get(key) or shipped_blocks(key, device)
+@lru_cache(maxsize=4096)
+def blocks_for(key: Key, device: Device, tuned: Blocks | None = None) -> Blocks:
+    """What a product runs with: tuned blocks, or the table's, made to suit and to fit."""
+    return fitted(suited(tuned or shipped_blocks(key, device), key), key, device)
 
 
-def suited(blocks: Blocks, key: Key, depth: int, is_transposed: bool) -> Blocks:
-    """The same blocks for weights of so many columns, next to each other or, transposed, not.
+def suited(blocks: Blocks, key: Key) -> Blocks:
+    """The same blocks for the product's columns, next to each other or, transposed, not.
 
     Descriptors want steps that divide the columns: narrower ones, and as many bytes on their way.
     Unsorted slots read weights by rows, and transposed ones by columns, 128 bytes at a time.
     """
-    while blocks.uses_descriptors and depth % blocks.depth and blocks.depth > MIN_DEPTH:
+    while blocks.uses_descriptors and key.depth % blocks.depth and blocks.depth > MIN_DEPTH:
         blocks = replace(blocks, depth=blocks.depth // 2, num_stages=blocks.num_stages * 2)
-    if key.tile_rows == DIRECT_TILE and is_transposed:
+    if key.tile_rows == DIRECT_TILE and key.is_transposed:
         columns = TRANSPOSED_BYTES // key.dtype.itemsize
         elements = blocks.columns * blocks.depth
         blocks = replace(blocks, columns=columns, depth=max(elements // columns, MIN_DEPTH))
     return blocks
 
 
-def fitted(blocks: Blocks, key: Key, device: Device, *, is_doubled: bool) -> Blocks:
-    """The same blocks, smaller until their shared memory is there: stages go first, then depth.
-
-    `is_doubled`: weights of gate and of up are read in every step.
-    """
+def fitted(blocks: Blocks, key: Key, device: Device) -> Blocks:
+    """The same blocks, smaller until their shared memory is there: stages go first, then depth."""
     blocks = replace(
         blocks,
         num_stages=min(blocks.num_stages, MAX_STAGES),
         uses_descriptors=blocks.uses_descriptors and device.has_descriptors,
     )
-    while shared_bytes(blocks, key, is_doubled=is_doubled) > device.shared_bytes:
+    while shared_bytes(blocks, key) > device.shared_bytes:
         if blocks.num_stages > 2:
             blocks = replace(blocks, num_stages=blocks.num_stages - 1)
         elif blocks.depth > MIN_DEPTH:
@@ -192,14 +209,14 @@ def fitted(blocks: Blocks, key: Key, device: Device, *, is_doubled: bool) -> Blo
     return blocks
 
 
-def shared_bytes(blocks: Blocks, key: Key, *, is_doubled: bool) -> int:
+def shared_bytes(blocks: Blocks, key: Key) -> int:
     """Shared memory that a program takes: tiles in flight, and the result on its way out.
 
     A persistent program has both at once. An estimate from above, compared with what the compiler
     says by the tests of shipped configurations.
     """
     size = key.dtype.itemsize
-    width = blocks.columns * (2 if is_doubled else 1)
+    width = blocks.columns * (2 if key.is_doubled else 1)
     rows = key.tile_rows
     step = (rows + width) * blocks.depth * size
     result = rows * blocks.columns * size
