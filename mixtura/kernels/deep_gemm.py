@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixtura.config import WeightOn
 from mixtura.kernels.contract import StoredWeightsKernel
+from mixtura.kernels.keys import constant_in_graphs
 from mixtura.kernels.optional import DEEP_GEMM, wrong_capability, wrong_dtypes, wrong_sizes
 from mixtura.kernels.torch.sorted_slots import SortedSlots, run_sorted, sort_slots
 from mixtura.quant.matrix import QuantizedMatrix
@@ -108,7 +109,7 @@ def aligned(slots: SortedSlots, alignment: int) -> SortedSlots:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _alignment() -> int:
     return int(getattr(DEEP_GEMM.load(), ALIGNMENT)())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from mixtura.errors import InputError
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Keys(Generic[T]):
@@ -47,3 +49,12 @@ class Keys(Generic[T]):
                 f"Keep the model, or compile again."
             )
         return found
+
+
+def constant_in_graphs(function: F) -> F:
+    """Let a graph take what a function returns as a constant.
+
+    What `torch.compiler.assume_constant_result` does, which imports the compiler for it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

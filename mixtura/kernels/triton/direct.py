@@ -31,7 +31,7 @@ def direct_gate_up_kernel(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """`out[s] = f(x[t] @ Wg[e].T + bg[e]) * (x[t] @ Wu[e].T + bu[e])`.
+    """`out[s] = f(x[t] @ Wg[e].T + b_gate[e]) * (x[t] @ Wu[e].T + b_up[e])`.
 
     s is a flat slot of token t = s // TOP_K. Pointers as in `gate_up_kernel`; local_ids (M, TOP_K),
     out (slots, I). Programs of one block of columns are neighbours: where slots

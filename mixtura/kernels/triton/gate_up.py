@@ -132,7 +132,7 @@ def gate_up_kernel(
     READ: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """`out[r] = f(x[t] @ Wg[e].T + bg[e]) * (x[t] @ Wu[e].T + bu[e])` of sorted rows r.
+    """`out[r] = f(x[t] @ Wg[e].T + b_gate[e]) * (x[t] @ Wu[e].T + b_up[e])` of sorted rows r.
 
     Row r is flat slot s = sort_order[r] of token t = s // TOP_K. SIZES are hidden size H,
     intermediate size I and rows of a matrix U. Pointers: x (M, H), rows STRIDE_X apart, weight

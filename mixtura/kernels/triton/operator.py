@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mixtura.config import ExpertsConfig, GateUp, WeightOn
+from mixtura.kernels.keys import constant_in_graphs
 from mixtura.kernels.triton import launch
 from mixtura.quant.matrix import dense
 from mixtura.types import ExpertBatch, ExpertOrder, ExpertWeights, Tiling
@@ -45,7 +46,7 @@ def _tensors_of(order: ExpertOrder) -> list[Tensor]:
     return [order.sort_order, order.expert_offsets, order.tiles, order.num_tiles]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _number_of(config: ExpertsConfig) -> int:
     if config not in _CONFIGS:
         _CONFIGS.append(config)
