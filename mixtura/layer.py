@@ -237,7 +237,9 @@ class FusedMoE(nn.Module):
             check_ids(choice.ids, rule.num_choices + rule.num_fused_shared_experts)
         for observe in self.observers:
             observe(choice.ids, choice.weights)
-        routing = self.plan.router.finish(choice.weights, choice.ids, tokens, tensors)
+        routing = choice.routing or self.plan.router.finish(
+            choice.weights, choice.ids, tokens, tensors
+        )
         return replace(routing, router_logits=choice.logits)
 
     def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:

@@ -589,7 +589,7 @@ def test_no_token_at_all():
     rows, weight = gate_of(7, 20, torch.bfloat16, 0, torch.bfloat16)
     with torch.no_grad():
         choice = plain_choice(rows, weight, RoutingConfig(num_experts=7, top_k=3))
-    assert [tuple(part.shape) for part in choice] == [(0, 7), (0, 3), (0, 3)]
+    assert [tuple(part.shape) for part in choice[:3]] == [(0, 7), (0, 3), (0, 3)]
 
 
 # ---------------------------------------------------------------- graphs and copies
@@ -619,7 +619,7 @@ def test_a_compiled_gate_is_one_graph_with_the_same_result(name: str, no_steps: 
     with torch.no_grad():
         for num_tokens in (1, 9, 2):
             rows = torch.randn(num_tokens, 24).bfloat16()
-            for got, expected in zip(compiled(rows), gate(rows), strict=True):
+            for got, expected in zip(compiled(rows)[:3], gate(rows)[:3], strict=True):
                 assert got.equal(expected)
 
 

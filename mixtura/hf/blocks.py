@@ -252,7 +252,11 @@ class FamilyMoE(FusedMoE):
         assert self.spec.experts is not None
         experts: nn.Module = getattr(self, self.spec.experts)
         rows: Tensor = experts(
-            batch.hidden_states, batch.local_ids, batch.topk_weights, reduce=reduce
+            batch.hidden_states,
+            batch.local_ids,
+            batch.topk_weights,
+            order=batch.order,
+            reduce=reduce,
         )
         return rows
 

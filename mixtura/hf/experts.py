@@ -25,7 +25,7 @@ from mixtura.layer import check_ids
 from mixtura.parallel.ranks import Spread
 from mixtura.parallel.shard import shard_weights
 from mixtura.plugin import NAME
-from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertOrder, ExpertsProblem, ExpertWeights
 
 
 class AdoptedExperts(PackedExperts):
@@ -125,11 +125,12 @@ class BlockExperts(AdoptedExperts):
         local_ids: Tensor,
         topk_weights: Tensor,
         *,
+        order: ExpertOrder | None = None,
         reduce: bool = True,
     ) -> Tensor:
         """(M,H), (M,K) with -1 for no expert, (M,K) -> (M,H), or the terms (M,K,H)."""
         with read_once(self):
-            batch = ExpertBatch(hidden_states, local_ids, topk_weights)
+            batch = ExpertBatch(hidden_states, local_ids, topk_weights, order)
             return self.run_batch(batch, reduce=reduce)
 
 

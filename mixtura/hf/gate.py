@@ -63,8 +63,9 @@ class FamilyGate(nn.Module):
 class PlainGate(FamilyGate):
     """Returns (logits, weights, ids); no bias."""
 
-    def to_family(self, choice: Choice) -> tuple[Tensor, Tensor, Tensor]:
-        return (choice.logits, choice.weights, choice.ids)
+    def to_family(self, choice: Choice) -> tuple[Any, ...]:
+        # A routing that is there already goes along, behind what the family returns.
+        return tuple(choice if choice.routing is not None else choice[:3])
 
     def from_family(self, returned: Any, tokens: TokenInputs) -> Choice:
         return Choice(*returned)
@@ -107,10 +108,10 @@ class LogitsGate(FamilyGate):
         is_native = plan.precision is GatePrecision.NATIVE
         native = plan.router.config.native
         scored = returned if is_native and not native.fp32_scores else returned.float()
-        weights, ids = plan.router.select(scored, tokens, self.router_tensors())
+        choice = Choice(returned, *plan.router.choose(scored, tokens, self.router_tensors()))
         if is_native and not native.fp32_weights:
-            weights = weights.to(returned.dtype)
-        return Choice(returned, weights, ids)
+            choice = choice._replace(weights=choice.weights.to(returned.dtype), routing=None)
+        return choice
 
 
 class ScoresGate(FamilyGate):
@@ -118,7 +119,7 @@ class ScoresGate(FamilyGate):
 
     def to_family(self, choice: Choice) -> tuple[Tensor, Tensor]:
         scores = choice.logits.new_zeros(choice.logits.shape)
-        return scores.scatter(1, choice.ids, choice.weights.to(scores.dtype)), choice.logits
+        return scores.scatter(1, choice.ids.long(), choice.weights.to(scores.dtype)), choice.logits
 
     def from_family(self, returned: Any, tokens: TokenInputs) -> Choice:
         scores, logits = returned
@@ -134,7 +135,7 @@ class SortedGate(LogitsGate):
             raise cannot_capture(
                 "the gate of JetMoE", "counts that it returns as a list", "Capture other parts"
             )
-        ids, top_k = choice.ids.flatten(), choice.ids.shape[1]
+        ids, top_k = choice.ids.long().flatten(), choice.ids.shape[1]
         order = ids.argsort(stable=True)
         counts = ids.new_zeros(self.gate_plan.router.config.num_experts)
         counts = counts.scatter_add(0, ids, torch.ones_like(ids))

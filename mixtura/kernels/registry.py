@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
+import torch
+
+from mixtura.config import RoutingConfig
 from mixtura.errors import ConfigError, NoKernelFits
 from mixtura.kernels.contract import ExpertsKernel
 from mixtura.types import ExpertsProblem
+
+if TYPE_CHECKING:
+    from mixtura.kernels.triton.routing import TritonRouting
 
 
 def _reference() -> ExpertsKernel:
@@ -68,6 +76,26 @@ _LOADERS: dict[str, Callable[[], ExpertsKernel]] = {
 
 _LOADED: dict[str, ExpertsKernel] = {}
 """Kernels that have been asked for; one object each, as experts compare them by identity."""
+
+
+_GPU_ROUTINGS: dict[RoutingConfig, TritonRouting | None] = {}
+"""What `gpu_routing` has found."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def gpu_routing(config: RoutingConfig) -> TritonRouting | None:
+    """What routes by a rule on a GPU; None without Triton, and where it does not cover the rule."""
+    if config not in _GPU_ROUTINGS:
+        _GPU_ROUTINGS[config] = _load_gpu_routing(config)
+    return _GPU_ROUTINGS[config]
+
+
+def _load_gpu_routing(config: RoutingConfig) -> TritonRouting | None:
+    if find_spec("triton") is None:
+        return None
+    from mixtura.kernels.triton.routing import TritonRouting
+
+    return TritonRouting.for_rule(config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from mixtura.config import (
 )
 from mixtura.errors import InputError
 from mixtura.routing.routers import Router, RouterTensors
-from mixtura.types import TokenInputs
+from mixtura.types import Routing, TokenInputs
 
 ROW_INVARIANT_BLOCK = 64
 """Rows whose products with the gate are held at once where each row must round alike."""
@@ -40,6 +40,9 @@ def gate_logits(
         is_row_invariant: as products and a sum per row, so that a row's logits are bitwise the
             same in any batch and with any number of threads.
     """
+    if is_fp32 and not is_row_invariant and _multiplies_exactly(hidden_states, weight):
+        logits = torch.mm(hidden_states, weight.T, out_dtype=torch.float32)
+        return logits if bias is None else logits + bias.float()
     if is_fp32:
         hidden_states, weight = hidden_states.float(), weight.float()
         bias = bias.float() if bias is not None else None
@@ -56,17 +59,35 @@ def gate_logits(
     return logits if bias is None else logits + bias
 
 
+def _multiplies_exactly(hidden_states: Tensor, weight: Tensor) -> bool:
+    """Whether the device takes products of 16 bits as they are and adds them up in fp32.
+
+    `torch.mm` with `out_dtype` has no gradient, and exists on CUDA devices for these dtypes alone.
+    """
+    return (
+        hidden_states.is_cuda
+        and weight.is_cuda
+        and hidden_states.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype == hidden_states.dtype
+        and not (torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad))
+    )
+
+
 class Choice(NamedTuple):
     """What a gate and its router make of hidden states.
 
     Attributes:
         logits: (T, num_logits), fp32 or, native, the family's dtype.
-        weights: (T, K). ids: (T, K) int64, no-compute experts included.
+        weights: (T, K). ids: (T, K) int64, or int32 from a GPU's kernel, no-compute experts
+            included.
+        routing: what `Router.finish` would make of it, where a kernel has done so along with the
+            choice.
     """
 
     logits: Tensor
     weights: Tensor
     ids: Tensor
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +140,9 @@ class GatePlan:
             )
             self._refuse_nan(logits)
             scored = logits if is_native and not native.fp32_scores else logits.float()
-            choice = Choice(logits, *self.router.select(scored, tokens, tensors))
+            choice = Choice(logits, *self.router.choose(scored, tokens, tensors))
         if is_native and not native.fp32_weights:
-            choice = choice._replace(weights=choice.weights.to(hidden_states.dtype))
+            choice = choice._replace(weights=choice.weights.to(hidden_states.dtype), routing=None)
         return choice
 
     def _refuse_nan(self, logits: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,15 @@ from mixtura.config import (
 )
 from mixtura.errors import ConfigError, InputError
 from mixtura.kernels.cpu.routing import CpuRouting
+from mixtura.kernels.registry import gpu_routing
 from mixtura.routing import pipeline
 from mixtura.types import Bypass, Routing, TokenInputs
+
+if TYPE_CHECKING:
+    from mixtura.kernels.triton.routing import TritonRouting
+
+GPU_DEVICES = ("cuda",)
+"""Types of device that a router's kernel in Triton is asked for on."""
 
 CustomRouting = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """`custom(router_logits (T,E), top_k) -> (topk_weights (T,K), topk_ids (T,K))`."""
@@ -121,7 +128,7 @@ class Router:
     """
 
     is_parametric: ClassVar[bool] = True
-    """The pipeline does all; a kernel that computes it may stand in."""
+    """The pipeline does all; kernels that compute it may stand in."""
 
     def __init__(self, config: RoutingConfig, tensors: RouterTensors | None = None) -> None:
         self.config = config
@@ -156,8 +163,23 @@ class Router:
             )
         tokens = tokens if tokens is not None else TokenInputs(input_ids=input_ids)
         tokens.check(router_logits.shape[0])
-        weights, ids = self.select(router_logits.float(), tokens, self.tensors)
-        return self.finish(weights, ids, tokens, self.tensors)
+        weights, ids, routing = self.choose(router_logits.float(), tokens, self.tensors)
+        return routing or self.finish(weights, ids, tokens, self.tensors)
+
+    def choose(
+        self, logits: Tensor, tokens: TokenInputs, tensors: RouterTensors
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """Weights and ids of `select`, and what `finish` makes of them where a kernel does both.
+
+        The ids are then int32.
+        """
+        is_covered = self.is_parametric and logits.device.type in GPU_DEVICES
+        kernel: TritonRouting | None = gpu_routing(self.config) if is_covered else None
+        bias, scale = tensors.selection_bias, tensors.per_expert_scale
+        if kernel is None or not kernel.takes_logits(logits, bias, scale):
+            return *self.select(logits, tokens, tensors), None
+        given, mask = self.given_ids(tokens, tensors), tokens.padding_mask
+        return kernel.route(logits, bias, scale, given, mask, tensors.constants)
 
     def select(
         self, logits: Tensor, tokens: TokenInputs, tensors: RouterTensors

@@ -6,7 +6,7 @@ It yields where another batch may run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -104,7 +104,9 @@ def one_batch(
     )
     yield None
     arrived = dispatched.wait()
-    rows = layer.run_experts(arrived.batch, reduce=not layer.dispatcher.wants_terms)
+    # The order is of the router's ids; the kernel looks whether these are they.
+    batch = arrived.batch if routing.order is None else replace(arrived.batch, order=routing.order)
+    rows = layer.run_experts(batch, reduce=not layer.dispatcher.wants_terms)
     if order is SharedExpertsOrder.SUMMED:
         ranks = layer.dispatcher
         part = Partial(layer.start_shared(hidden_states, order).result(), ranks)
