@@ -97,21 +97,17 @@ class Bypass:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How sorted slots are cut in tiles, each of one expert.
+    """How sorted slots are cut in tiles, each of one expert; its last one may not be full.
 
     Attributes:
         rows: of a full tile, a power of two.
-        tail_rows: what an expert has left behind its full tiles is a tail where it is at most so
-            many rows, and else a tile that is not full; 0: there are no tails.
     """
 
     rows: int
-    tail_rows: int = 0
 
-    def max_tiles(self, num_slots: int, num_experts: int) -> tuple[int, int]:
-        """Tiles and tails that any choice of experts can make: known without looking at it."""
-        rest = min(num_slots, num_experts)
-        return num_slots // self.rows + rest, rest if self.tail_rows else 0
+    def max_tiles(self, num_slots: int, num_experts: int) -> int:
+        """Tiles that any choice of experts can make: known without looking at it."""
+        return num_slots // self.rows + min(num_slots, num_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +120,9 @@ class ExpertOrder:
             of token `sort_order[r] // K`; an expert's are in rising order. Behind the last
             expert's row nothing is said.
         expert_offsets: (L + 1,) int32, first row of every expert, and the number of rows.
-        tiles: (max_tiles + max_tails, 4) int32 of `Tiling.max_tiles`: expert, first row, number of
-            rows, 0; tails start at row max_tiles.
-        num_tiles: (2,) int32, tiles and tails that there are.
+        tiles: (max_tiles, 4) int32 of `Tiling.max_tiles`: expert, first row, number of rows, 0. An
+            expert's are next to each other, in rising order.
+        num_tiles: (1,) int32, tiles that there are.
         tiling: how they were cut.
     """
 

@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 from mixtura.kernels.triton.offline import compile_launch  # noqa: E402
-from mixtura.kernels.triton.shipped import DEVICES, MODELS, shipped  # noqa: E402
+from mixtura.kernels.triton.shipped import DEVICES, MODELS, Shipped, shipped  # noqa: E402
+from mixtura.kernels.triton.shipped_routing import routing_launches  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "gpu.md"
 BEGIN, END = "<!-- kernels: scripts/kernel_resources.py -->\n", "<!-- end of kernels -->"
@@ -40,11 +41,23 @@ that read registers, and the two kinds of copy."""
 READ = {"rows": "by descriptor", "columns": "by descriptor, transposed", "pointer": "by pointer"}
 
 
+ROUTING, ALL_ROUTING = "routing", "all-routing"
+"""Stand beside models for the kernels of routers, some and all."""
+
+
+def launches(capability: int, models: tuple[str, ...], dtype: torch.dtype) -> Iterator[Shipped]:
+    """What models, or routers, launch."""
+    yield from shipped(capability, tuple(name for name in models if name in MODELS), dtype)
+    if ROUTING in models or ALL_ROUTING in models:
+        for name, launch in routing_launches(is_full=ALL_ROUTING in models):
+            yield Shipped(name, 0, None, launch)
+
+
 def resources(
     capability: int, models: tuple[str, ...], dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
     """What every kernel takes that these models launch."""
-    for found in shipped(capability, models, dtype):
+    for found in launches(capability, models, dtype):
         constants = found.launch.constants
         taken = compile_launch(found.launch, capability)
         sass = taken.sass
@@ -71,7 +84,7 @@ def resources(
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| kernel | model | rows of a tile | block | warps | stages | weights read | registers | "
+        "| kernel | for | rows of a tile | block | warps | stages | weights read | registers | "
         "shared KiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -95,7 +108,9 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", type=int, nargs="?", default=CAPABILITY, choices=DEVICES)
-    parser.add_argument("--models", default=",".join(MODELS), help="with commas between")
+    parser.add_argument(
+        "--models", default=",".join((*MODELS, ROUTING)), help=f"with commas; {ROUTING}: of routers"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--write", action="store_true", help="renew the table of docs/gpu.md")
     given = parser.parse_args()

@@ -17,7 +17,7 @@ from mixtura.config import ExpertsConfig, WeightOn
 from mixtura.errors import DeviceMemoryError
 from mixtura.kernels import get_kernel, register_kernel, unregister_kernel
 from mixtura.kernels.reference import ReferenceKernel
-from mixtura.kernels.triton import TritonKernel, launch
+from mixtura.kernels.triton import TritonKernel, experts
 from mixtura.kernels.triton.align import order_slots
 from mixtura.kernels.triton.bypass import add_identity
 from mixtura.kernels.triton.regimes import LARGE_TILING, Regime, regime_for, tiling_for
@@ -38,12 +38,12 @@ ROWS = {Regime.DIRECT: 1, Regime.SMALL: 13, Regime.LARGE: 260}
 @pytest.fixture(autouse=True)
 def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody writes is NaN."""
-    empty = launch.Call.empty
+    empty = experts.Call.empty
 
-    def poisoned(self: launch.Call, name: str, *shape: int, dtype: Any = None) -> Tensor:
+    def poisoned(self: experts.Call, name: str, *shape: int, dtype: Any = None) -> Tensor:
         return empty(self, name, *shape, dtype=dtype).fill_(float("nan"))
 
-    monkeypatch.setattr(launch.Call, "empty", poisoned)
+    monkeypatch.setattr(experts.Call, "empty", poisoned)
 
 
 def random_batch(
@@ -148,8 +148,8 @@ BLOCKED = {
 def test_weights_read_by_descriptor(
     name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways, way = [], launch.way_to_read
-    monkeypatch.setattr(launch, "way_to_read", lambda *given: ways.append(way(*given)) or ways[-1])
+    ways, way = [], experts.way_to_read
+    monkeypatch.setattr(experts, "way_to_read", lambda *given: ways.append(way(*given)) or ways[-1])
     check(BLOCKED[name], num_rows, 2, FINEST)
     is_hopper = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
     expected = "columns" if BLOCKED[name].is_transposed else "rows"
@@ -278,7 +278,7 @@ def test_an_order_is_used_only_for_the_ids_it_was_made_of(monkeypatch: pytest.Mo
         calls.append(tiling)
         return order_slots(ids, num_experts, tiling)
 
-    monkeypatch.setattr(launch, "order_slots", counted)
+    monkeypatch.setattr(experts, "order_slots", counted)
     config = sizes()
     weights, batch = on_device(random_weights(config, FINEST)), random_batch(config, 13, 2, FINEST)
     batch = ExpertBatch(*(tensor.to(DEVICE) for tensor in

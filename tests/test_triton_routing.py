@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_device import DEVICE
 from test_cpu_routing import (
     CHOICES,
     equal_logits,
@@ -20,7 +21,6 @@ from test_cpu_routing import (
 from test_routing import random_logits, whole_logits
 from test_triton_align import check as check_order
 from torch import Tensor
-from triton_device import DEVICE
 
 from mixtura import ExpertsConfig, FusedMoE, MoEConfig
 from mixtura.config import (
@@ -401,7 +401,7 @@ def test_the_operator_keeps_its_promises() -> None:
     config = COVERED["identity-experts"]
     kernel = TritonRouting.for_rule(config)
     assert kernel is not None
-    arguments = (random_logits(5, config).to(DEVICE), None, None, None, None, 16, 0, kernel.text)
+    arguments = (random_logits(5, config).to(DEVICE), None, None, None, None, 16, kernel.text)
     checks = ("test_schema", "test_faketensor")
     operator = torch.ops.mixtura.triton_route.default
     torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -21,7 +21,7 @@ from tuning_fakes import CASE, GPU, SHAPE, FakeMeasure, fragile, timed, unusable
 from mixtura.config import ExpertsConfig, GateUp, WeightOn
 from mixtura.env import cache_directory
 from mixtura.errors import InputError
-from mixtura.kernels.triton import child, launch, measuring
+from mixtura.kernels.triton import child, experts, measuring
 from mixtura.kernels.triton.candidates import (
     MAX_CHANGES,
     Case,
@@ -670,15 +670,15 @@ def test_a_launch_uses_the_tuned_file(monkeypatch: pytest.MonkeyPatch) -> None:
         run(self)
 
     monkeypatch.setattr(Launch, "run", recorded)
-    plain = launch.run_experts(weights, batch, WeightOn.OUTPUT, True)
+    plain = experts.run_experts(weights, batch, WeightOn.OUTPUT, True)
     assert launched[0]["BLOCK_N"] == blocks_for(key, device).columns != tuned.columns
     write_tuned(tuned_path(device), device, {key: tuned})
     launched.clear()
-    launch.run_experts(weights, batch, WeightOn.OUTPUT, True)
+    experts.run_experts(weights, batch, WeightOn.OUTPUT, True)
     assert launched[0]["BLOCK_N"] != tuned.columns  # read once in a process
     forget_tuned()
     launched.clear()
-    found = launch.run_experts(weights, batch, WeightOn.OUTPUT, True)
+    found = experts.run_experts(weights, batch, WeightOn.OUTPUT, True)
     first, second = launched[:2]
     assert (first["BLOCK_N"], first["BLOCK_K"]) == (tuned.columns, tuned.depth)
     assert second["BLOCK_N"] == blocks_for(TINY.key(Product.DOWN, 16), device).columns

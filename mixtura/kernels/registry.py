@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
-
-import torch
 
 from mixtura.config import RoutingConfig
 from mixtura.errors import ConfigError, NoKernelFits
 from mixtura.kernels.contract import ExpertsKernel
+from mixtura.kernels.keys import constant_in_graphs
+from mixtura.kernels.triton.device import missing
 from mixtura.types import ExpertsProblem
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ _GPU_ROUTINGS: dict[RoutingConfig, TritonRouting | None] = {}
 """What `gpu_routing` has found."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def gpu_routing(config: RoutingConfig) -> TritonRouting | None:
     """What routes by a rule on a GPU; None without Triton, and where it does not cover the rule."""
     if config not in _GPU_ROUTINGS:
@@ -91,7 +90,7 @@ def gpu_routing(config: RoutingConfig) -> TritonRouting | None:
 
 
 def _load_gpu_routing(config: RoutingConfig) -> TritonRouting | None:
-    if find_spec("triton") is None:
+    if missing() is not None:
         return None
     from mixtura.kernels.triton.routing import TritonRouting
 

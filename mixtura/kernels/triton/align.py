@@ -10,19 +10,15 @@ so that a captured graph holds for any ids. An expert's slots stay in rising ord
 sorted by (expert, slot): there are no atomics, and a result is the same every time.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtura.kernels.triton.offline import CompileCase
+from mixtura.cuda import on_device
+from mixtura.kernels.triton.launch import Launch
 from mixtura.types import ExpertOrder, Tiling
 
 ONE_LAUNCH_SLOTS = 2048
@@ -101,23 +97,18 @@ def scanned(
     L: tl.constexpr,
     BLOCK_L: tl.constexpr,
     ROWS: tl.constexpr,
-    TAIL_ROWS: tl.constexpr,
 ):
-    """Write first rows and numbers of tiles; -> first row, tile and tail of every expert (BLOCK_L,)
+    """Write first rows and the number of tiles; -> first row and tile of every expert (BLOCK_L,).
 
-    Counts 5 0 9 with tiles of 4 and tails of 1: offsets 0 5 5 14, first tiles 0 1 1 (1 0 2 tiles),
-    first tails 0 1 1 (1 0 1 tails).
+    Counts 5 0 9 with tiles of 4: offsets 0 5 5 14, first tiles 0 2 2 (2 0 3 tiles).
     """
     expert = tl.arange(0, BLOCK_L)
     ends = tl.cumsum(counts, 0)
-    left = counts % ROWS
-    has_tail = ((left > 0) & (left <= TAIL_ROWS)).to(tl.int32)
-    tiles = counts // ROWS + (left > TAIL_ROWS).to(tl.int32)
+    tiles = (counts + ROWS - 1) // ROWS
     tl.store(expert_offsets, 0)
     tl.store(expert_offsets + 1 + expert, ends, mask=expert < L)
     tl.store(num_tiles, tl.sum(tiles, 0))
-    tl.store(num_tiles + 1, tl.sum(has_tail, 0))
-    return ends - counts, tl.cumsum(tiles, 0) - tiles, tl.cumsum(has_tail, 0) - has_tail
+    return ends - counts, tl.cumsum(tiles, 0) - tiles
 
 
 @triton.jit
@@ -128,31 +119,24 @@ def write_places(
     first_rows,
     counts,
     first_tiles,
-    first_tails,
     sort_order,
     tiles,
-    max_tiles,
     L: tl.constexpr,
     ROWS: tl.constexpr,
-    TAIL_ROWS: tl.constexpr,
 ):
     """Write each slot at its row, and a tile for every slot that begins one. All are (SIZE,).
 
-    The slot of rank r begins a tile where r divides by ROWS; a tail has fewer rows than a tile, and
-    at most TAIL_ROWS. Rank 4 of an expert with 5 slots from row 7 on, tiles of 4 and tails of 1:
-    row 11, and the tail (expert, 11, 1, 0).
+    The slot of rank r begins a tile where ROWS divides r. Rank 4 of an expert with 5 slots from row
+    7 on, tiles of 4: row 11, and the tile (expert, 11, 1, 0).
     """
     has_expert = experts < L
     row = first_rows + ranks
     tl.store(sort_order + row, slots, mask=has_expert)
-    left = counts - ranks
-    is_tail = (left < ROWS) & (left <= TAIL_ROWS)
-    entry = tl.where(is_tail, max_tiles + first_tails, first_tiles + ranks // ROWS)
     begins = has_expert & (ranks % ROWS == 0)
-    tile = tiles + entry * 4
+    tile = tiles + (first_tiles + ranks // ROWS) * 4
     tl.store(tile, experts, mask=begins)
     tl.store(tile + 1, row, mask=begins)
-    tl.store(tile + 2, tl.minimum(left, ROWS), mask=begins)
+    tl.store(tile + 2, tl.minimum(counts - ranks, ROWS), mask=begins)
     tl.store(tile + 3, tl.zeros_like(row), mask=begins)
 
 
@@ -164,20 +148,16 @@ def place_all(
     tiles,
     num_tiles,
     N,
-    max_tiles,
     L: tl.constexpr,
     BLOCK_L: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    TAIL_ROWS: tl.constexpr,
 ):
     """Sort and place all N <= SIZE slots in one program."""
     slot = tl.arange(0, SIZE)
     experts = tl.load(ids + slot, mask=slot < N, other=-1)
     counts = counted(experts, L, BLOCK_L)
-    first_rows, first_tiles, first_tails = scanned(
-        counts, expert_offsets, num_tiles, L, BLOCK_L, ROWS, TAIL_ROWS
-    )
+    first_rows, first_tiles = scanned(counts, expert_offsets, num_tiles, L, BLOCK_L, ROWS)
     experts, slots = sorted_by_expert(experts, L, SIZE)
     real = tl.minimum(experts, L - 1)
     first_row = tl.gather(first_rows, real, 0)
@@ -188,13 +168,10 @@ def place_all(
         first_row,
         tl.gather(counts, real, 0),
         tl.gather(first_tiles, real, 0),
-        tl.gather(first_tails, real, 0),
         sort_order,
         tiles,
-        max_tiles,
         L,
         ROWS,
-        TAIL_ROWS,
     )
 
 
@@ -221,7 +198,7 @@ def count_block(
 # ------------------------------------------------------------------------------------------ kernels
 
 
-@triton.jit(do_not_specialize=["N", "max_tiles"])
+@triton.jit(do_not_specialize=["N"])
 def _place(
     ids,
     sort_order,
@@ -229,12 +206,10 @@ def _place(
     tiles,
     num_tiles,
     N,
-    max_tiles,
     L: tl.constexpr,
     BLOCK_L: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    TAIL_ROWS: tl.constexpr,
 ):
     """All slots, by one program."""
     place_all(
@@ -244,12 +219,10 @@ def _place(
         tiles,
         num_tiles,
         N,
-        max_tiles,
         L,
         BLOCK_L,
         SIZE,
         ROWS,
-        TAIL_ROWS,
     )
 
 
@@ -270,7 +243,7 @@ def _count(
 @triton.jit(do_not_specialize=["num_blocks"])
 def _scan(
     counts,
-    firsts,
+    first_tiles,
     expert_offsets,
     num_tiles,
     num_blocks,
@@ -278,14 +251,13 @@ def _scan(
     BLOCK_L: tl.constexpr,
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
-    TAIL_ROWS: tl.constexpr,
 ):
     """Turn counts (blocks, L) into what a slot's rank is short of its place in its sorted block.
 
     In place: `counts[b, e]` becomes the slots of expert e in blocks before b, less the slots of
-    experts before e in block b. `firsts` (2, L) gets the first tile and tail of every expert. Two
-    experts, counts (2 1) (0 3): (0 -2) (2 1); the first slot of expert 1 in the second block is the
-    first in it, place 0, and of rank 1.
+    experts before e in block b. `first_tiles` (L,) gets every expert's. Two experts, counts (2 1)
+    (0 3): (0 -2) (2 1); the first slot of expert 1 in the second block is the first in it, place 0,
+    and of rank 1.
     """
     expert = tl.arange(0, BLOCK_L)
     step = tl.arange(0, STEP)
@@ -298,30 +270,25 @@ def _scan(
         before = total[None, :] + tl.cumsum(found, 0) - tl.cumsum(found, 1)
         tl.store(at, before, mask=mask)
         total += tl.sum(found, 0)
-    _, first_tiles, first_tails = scanned(
-        total, expert_offsets, num_tiles, L, BLOCK_L, ROWS, TAIL_ROWS
-    )
-    tl.store(firsts + expert, first_tiles, mask=expert < L)
-    tl.store(firsts + L + expert, first_tails, mask=expert < L)
+    _, found_tiles = scanned(total, expert_offsets, num_tiles, L, BLOCK_L, ROWS)
+    tl.store(first_tiles + expert, found_tiles, mask=expert < L)
 
 
-@triton.jit(do_not_specialize=["N", "max_tiles"])
+@triton.jit(do_not_specialize=["N"])
 def _scatter(
     ids,
     before,
-    firsts,
+    first_tiles,
     expert_offsets,
     sort_order,
     tiles,
     N,
-    max_tiles,
     L: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    TAIL_ROWS: tl.constexpr,
 ):
-    """Sort a block's slots and write each at its row; `before` and `firsts` are `_scan`'s."""
+    """Sort a block's slots and write each at its row; `before` and `first_tiles` are `_scan`'s."""
     block = tl.program_id(0)
     within = tl.arange(0, SIZE)
     slot = block.to(tl.int64) * BLOCK + within
@@ -336,14 +303,11 @@ def _scatter(
         short + within,
         first_row,
         tl.load(expert_offsets + 1 + experts, mask=mask, other=0) - first_row,
-        tl.load(firsts + experts, mask=mask, other=0),
-        tl.load(firsts + L + experts, mask=mask, other=0),
+        tl.load(first_tiles + experts, mask=mask, other=0),
         sort_order,
         tiles,
-        max_tiles,
         L,
         ROWS,
-        TAIL_ROWS,
     )
 
 
@@ -363,13 +327,10 @@ def order_slots(local_ids: Tensor, num_experts: int, tiling: Tiling) -> ExpertOr
     Returns:
         the order, with `local_ids` itself as its ids.
     """
-    sizes = (num_experts, tiling.rows, tiling.tail_rows)
     if torch.compiler.is_compiling():
-        parts: list[Tensor] = torch.ops.mixtura.triton_order(local_ids, *sizes)
+        parts: list[Tensor] = torch.ops.mixtura.triton_order(local_ids, num_experts, tiling.rows)
     else:
-        parts = empty_order(local_ids, local_ids.numel(), *sizes)
-        with on_device(local_ids):
-            _order(local_ids.contiguous(), num_experts, tiling, parts)
+        parts = _order(local_ids, num_experts, tiling)
     return named_order(local_ids, parts, tiling)
 
 
@@ -379,65 +340,52 @@ def named_order(ids: Tensor, parts: list[Tensor], tiling: Tiling) -> ExpertOrder
     return ExpertOrder(ids, sort_order, expert_offsets, tiles, num_tiles, tiling)
 
 
-def empty_order(
-    like: Tensor, num_slots: int, num_experts: int, rows: int, tail_rows: int
-) -> list[Tensor]:
+def empty_order(like: Tensor, num_slots: int, num_experts: int, tiling: Tiling) -> list[Tensor]:
     """Room for `sort_order`, `expert_offsets`, `tiles` and `num_tiles` of an `ExpertOrder`."""
-    num_entries = sum(Tiling(rows, tail_rows).max_tiles(num_slots, num_experts))
-    shapes = ((num_slots,), (num_experts + 1,), (num_entries, 4), (2,))
+    num_tiles = tiling.max_tiles(num_slots, num_experts)
+    shapes = ((num_slots,), (num_experts + 1,), (num_tiles, 4), (1,))
     return [like.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
-def _order(ids: Tensor, num_experts: int, tiling: Tiling, parts: list[Tensor]) -> None:
+def _order(ids: Tensor, num_experts: int, tiling: Tiling) -> list[Tensor]:
+    parts = empty_order(ids, ids.numel(), num_experts, tiling)
+    with on_device(ids.device):
+        for launch in order_launches(ids.contiguous(), num_experts, tiling, parts):
+            launch.run()
+    return parts
+
+
+def order_launches(
+    ids: Tensor, num_experts: int, tiling: Tiling, parts: list[Tensor]
+) -> list[Launch]:
+    """What fills the parts of an order: one launch, or three."""
     num_slots = ids.numel()
     if num_slots <= ONE_LAUNCH_SLOTS:
-        max_tiles, _ = tiling.max_tiles(num_slots, num_experts)
-        _place[(1,)](
-            ids, *parts, num_slots, max_tiles, **place_sizes(num_slots, num_experts, tiling)
-        )
-        return
+        sizes = place_sizes(num_slots, num_experts, tiling)
+        return [Launch(_place, (1,), (ids, *parts, num_slots), sizes)]
     block = block_slots(num_slots)
     num_blocks = triton.cdiv(num_slots, block)
     counts = ids.new_empty((num_blocks, num_experts), dtype=torch.int32)
-    _count[(num_blocks,)](ids, counts, num_slots, **count_sizes(block, num_experts))
-    scan_and_scatter(ids, counts, block, num_experts, tiling, parts)
+    count = Launch(_count, (num_blocks,), (ids, counts, num_slots), count_sizes(block, num_experts))
+    return [count, *scan_and_scatter(ids, counts, block, num_experts, tiling, parts)]
 
 
 def scan_and_scatter(
     ids: Tensor, counts: Tensor, block: int, num_experts: int, tiling: Tiling, parts: list[Tensor]
-) -> None:
+) -> list[Launch]:
     """The two launches behind the one that wrote `counts` (blocks, L) of blocks of `block` slots.
 
-    Overwrites `counts`.
+    They overwrite `counts`.
     """
     sort_order, expert_offsets, tiles, num_tiles = parts
-    num_slots, num_blocks = ids.numel(), counts.shape[0]
-    firsts = counts.new_empty((2, num_experts))
-    max_tiles, _ = tiling.max_tiles(num_slots, num_experts)
-    _scan[(1,)](
-        counts,
-        firsts,
-        expert_offsets,
-        num_tiles,
-        num_blocks,
-        **scan_sizes(num_experts, tiling),
-    )
-    _scatter[(num_blocks,)](
-        ids,
-        counts,
-        firsts,
-        expert_offsets,
-        sort_order,
-        tiles,
-        num_slots,
-        max_tiles,
-        **scatter_sizes(block, num_experts, tiling),
-    )
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launches inside go to the tensor's device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    num_blocks = counts.shape[0]
+    first_tiles = counts.new_empty((num_experts,))
+    written = (counts, first_tiles, expert_offsets, num_tiles, num_blocks)
+    read = (ids, counts, first_tiles, expert_offsets, sort_order, tiles, ids.numel())
+    return [
+        Launch(_scan, (1,), written, scan_sizes(num_experts, tiling)),
+        Launch(_scatter, (num_blocks,), read, scatter_sizes(block, num_experts, tiling)),
+    ]
 
 
 # --------------------------------------------------------------------------- sizes of the programs
@@ -467,7 +415,6 @@ def place_sizes(num_slots: int, num_experts: int, tiling: Tiling) -> dict[str, i
         "BLOCK_L": room,
         "SIZE": size,
         "ROWS": tiling.rows,
-        "TAIL_ROWS": tiling.tail_rows,
         "num_warps": warps_for(max(size, room)),
     }
 
@@ -492,7 +439,6 @@ def scan_sizes(num_experts: int, tiling: Tiling) -> dict[str, int]:
         "BLOCK_L": room,
         "STEP": min(128, SCANNED_COUNTS // room),
         "ROWS": tiling.rows,
-        "TAIL_ROWS": tiling.tail_rows,
         "num_warps": 16,
     }
 
@@ -505,7 +451,6 @@ def scatter_sizes(block: int, num_experts: int, tiling: Tiling) -> dict[str, int
         "SIZE": size,
         "BLOCK": block,
         "ROWS": tiling.rows,
-        "TAIL_ROWS": tiling.tail_rows,
         "num_warps": warps_for(size),
     }
 
@@ -515,50 +460,14 @@ def warps_for(elements: int) -> int:
     return min(16, max(4, elements // 128))
 
 
-def shipped() -> list[CompileCase]:
-    """Specialisations that stand for all: the least and the most of every size."""
-    tiling = Tiling(128, 64)
-    arguments: tuple[str, ...]
-    cases = []
-    for num_experts in (8, 128, 1024):
-        for num_slots in (64, 256, 1024, ONE_LAUNCH_SLOTS):
-            arguments = ("ids", "sort_order", "expert_offsets", "tiles", "num_tiles")
-            name = f"place {num_slots} slots, {num_experts} experts"
-            sizes = place_sizes(num_slots, num_experts, tiling)
-            cases.append(_case(name, _place, arguments, ("N", "max_tiles"), sizes))
-        for block in (*(size for _, size in BLOCK_SLOTS), MAX_BLOCK_SLOTS):
-            name = f"count {block} slots, {num_experts} experts"
-            sizes = count_sizes(block, num_experts)
-            cases.append(_case(name, _count, ("ids", "counts"), ("N",), sizes))
-        arguments = ("counts", "firsts", "expert_offsets", "num_tiles")
-        name, sizes = f"scan {num_experts} experts", scan_sizes(num_experts, tiling)
-        cases.append(_case(name, _scan, arguments, ("num_blocks",), sizes))
-    for block in (*(size for _, size in BLOCK_SLOTS), MAX_BLOCK_SLOTS):
-        arguments = ("ids", "before", "firsts", "expert_offsets", "sort_order", "tiles")
-        name, sizes = f"scatter {block} slots", scatter_sizes(block, 128, tiling)
-        cases.append(_case(name, _scatter, arguments, ("N", "max_tiles"), sizes))
-    return cases
-
-
-def _case(
-    name: str, fn: Any, pointers: tuple[str, ...], numbers: tuple[str, ...], sizes: dict[str, int]
-) -> CompileCase:
-    signature = dict.fromkeys(pointers, "*i32:16") | dict.fromkeys(numbers, "i32")
-    constants = {key: value for key, value in sizes.items() if key != "num_warps"}
-    return CompileCase(name, fn, signature, constants, sizes["num_warps"])
-
-
 # --------------------------------------------------------------------------------------- operators
 
 
 @torch.library.custom_op("mixtura::triton_order", mutates_args=())
-def _triton_order(ids: Tensor, num_experts: int, rows: int, tail_rows: int) -> list[Tensor]:
-    parts = empty_order(ids, ids.numel(), num_experts, rows, tail_rows)
-    with on_device(ids):
-        _order(ids.contiguous(), num_experts, Tiling(rows, tail_rows), parts)
-    return parts
+def _triton_order(ids: Tensor, num_experts: int, rows: int) -> list[Tensor]:
+    return _order(ids, num_experts, Tiling(rows))
 
 
 @_triton_order.register_fake
-def _(ids: Tensor, num_experts: int, rows: int, tail_rows: int) -> list[Tensor]:
-    return empty_order(ids, ids.numel(), num_experts, rows, tail_rows)
+def _(ids: Tensor, num_experts: int, rows: int) -> list[Tensor]:
+    return empty_order(ids, ids.numel(), num_experts, Tiling(rows))

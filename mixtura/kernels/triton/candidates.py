@@ -82,7 +82,7 @@ class LayerShape:
         return tiling
 
     def tile_rows(self, num_rows: int) -> int:
-        """The tiles that so many rows are cut in; tails apart, which are tiles of fewer rows."""
+        """The tiles that so many rows are cut in."""
         tiling = self.tiling(num_rows)
         return DIRECT_TILE if tiling is None else tiling.rows
 

@@ -8,8 +8,6 @@ Choices are ordered by int32 keys that rise as the scores do: K times the larges
 ones the first.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -319,7 +317,7 @@ def _route_rows(
 # ------------------------------------------------------------------------------------------ kernels
 
 
-@triton.jit(do_not_specialize=["T", "stride", "max_tiles"])
+@triton.jit(do_not_specialize=["T", "stride"])
 def route_and_place(
     logits,
     selection_bias,
@@ -338,7 +336,6 @@ def route_and_place(
     num_tiles,
     T,
     stride,
-    max_tiles,
     RULE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -347,7 +344,6 @@ def route_and_place(
     BLOCK_L: tl.constexpr,
     SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TAIL_ROWS: tl.constexpr,
 ):
     """All tokens, ROWS at a time, then all their slots, by one program."""
     for first in range(0, T, ROWS):
@@ -380,12 +376,10 @@ def route_and_place(
         tiles,
         num_tiles,
         T * RULE.num_slots,
-        max_tiles,
         RULE.num_placed,
         BLOCK_L,
         SIZE,
         TILE_ROWS,
-        TAIL_ROWS,
     )
 
 

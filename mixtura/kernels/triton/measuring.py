@@ -19,7 +19,8 @@ from mixtura.config import GateUp
 from mixtura.kernels.triton.align import order_slots
 from mixtura.kernels.triton.candidates import Case, LayerShape
 from mixtura.kernels.triton.device import device_of
-from mixtura.kernels.triton.launch import Call, Launch
+from mixtura.kernels.triton.experts import Call
+from mixtura.kernels.triton.launch import Launch
 from mixtura.kernels.triton.table import DIRECT_TILE, Blocks, Product
 from mixtura.kernels.triton.trials import Failed, Timed, Trial, told
 from mixtura.quant.matrix import dense

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixtura.config import ExpertsConfig, GateUp, WeightOn
 from mixtura.kernels.keys import constant_in_graphs
-from mixtura.kernels.triton import launch
+from mixtura.kernels.triton import experts
 from mixtura.quant.matrix import dense
 from mixtura.types import ExpertBatch, ExpertOrder, ExpertWeights, Tiling
 
@@ -20,7 +20,7 @@ def run_experts(
 ) -> Tensor:
     """See `ExpertsKernel.run`."""
     if not torch.compiler.is_compiling():
-        return launch.run_experts(weights, batch, weight_on, reduce)
+        return experts.run_experts(weights, batch, weight_on, reduce)
     order = batch.order if batch.order is not None and batch.order.ids is batch.local_ids else None
     up = weights.up_proj
     out: Tensor = torch.ops.mixtura.triton_experts(
@@ -28,7 +28,7 @@ def run_experts(
         batch.local_ids,
         batch.topk_weights,
         [] if order is None else _tensors_of(order),
-        [] if order is None else [order.tiling.rows, order.tiling.tail_rows],
+        0 if order is None else order.tiling.rows,
         weights.gate_up_proj.values,
         None if up is None else up.values,
         weights.down_proj.values,
@@ -59,7 +59,7 @@ def _run(
     local_ids: Tensor,
     topk_weights: Tensor,
     order: list[Tensor],
-    tiling: list[int],
+    tile_rows: int,
     gate_up_proj: Tensor,
     up_proj: Tensor | None,
     down_proj: Tensor,
@@ -84,9 +84,9 @@ def _run(
     found = None
     if order:
         sort_order, offsets, tiles, num_tiles = order
-        found = ExpertOrder(local_ids, sort_order, offsets, tiles, num_tiles, Tiling(*tiling))
+        found = ExpertOrder(local_ids, sort_order, offsets, tiles, num_tiles, Tiling(tile_rows))
     batch = ExpertBatch(rows, local_ids, topk_weights, found)
-    return launch.run_experts(
+    return experts.run_experts(
         weights, batch, WeightOn.INPUT if weighs_input else WeightOn.OUTPUT, reduce
     )
 
@@ -97,7 +97,7 @@ def _(
     local_ids: Tensor,
     topk_weights: Tensor,
     order: list[Tensor],
-    tiling: list[int],
+    tile_rows: int,
     gate_up_proj: Tensor,
     up_proj: Tensor | None,
     down_proj: Tensor,

@@ -14,7 +14,7 @@ pairs of neighbours, whatever threads hold them.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,9 +24,7 @@ from torch import Tensor
 
 from mixtura.config import (
     DroppedGroup,
-    GroupLimit,
     GroupScore,
-    NoComputeExperts,
     NoComputeKind,
     Renormalize,
     RoutingConfig,
@@ -35,12 +33,12 @@ from mixtura.config import (
     ScoreOrder,
     SelectionBias,
 )
+from mixtura.cuda import on_device
 from mixtura.kernels.triton.align import (
     ONE_LAUNCH_SLOTS,
     empty_order,
     experts_room,
     named_order,
-    on_device,
     scan_and_scatter,
     sort_size,
     warps_for,
@@ -60,7 +58,7 @@ from mixtura.kernels.triton.choice import (
     route_and_place,
     route_blocks,
 )
-from mixtura.kernels.triton.offline import CompileCase
+from mixtura.kernels.triton.launch import Launch
 from mixtura.kernels.triton.regimes import tiling_for
 from mixtura.types import Bypass, Routing, Tiling
 
@@ -111,7 +109,7 @@ IS_INTERPRETED = not isinstance(route_blocks, triton.JITFunction)
 # ------------------------------------------------------------------------------------------ launch
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """What the launches write; `raw` is what observers see where `finish` changes it.
 
     Attributes:
@@ -231,12 +229,12 @@ class TritonRouting:
         tiling = tiling_for(logits.shape[0], self.num_slots, self.num_placed)
         learned = (selection_bias, expert_scale, given_ids, padding_mask)
         if torch.compiler.is_compiling():
-            sizes = (tiling.rows, tiling.tail_rows) if tiling else (0, 0)
-            parts = torch.ops.mixtura.triton_route(logits, *learned, *sizes, self.text)
+            rows = tiling.rows if tiling else 0
+            parts = torch.ops.mixtura.triton_route(logits, *learned, rows, self.text)
             made = self._named(parts, padding_mask is not None, tiling is not None)
         else:
-            made = self._empty(logits, padding_mask is not None, tiling)
-            self._launch(logits, *learned, tiling, made)
+            made = self.empty(logits, padding_mask is not None, tiling)
+            self._run(logits, *learned, tiling, made)
         bypass = None
         if made.bypass and len(made.bypass) == 1:
             bypass = Bypass(identity_weight=made.bypass[0])
@@ -249,7 +247,8 @@ class TritonRouting:
         weights, ids = made.raw or (made.weights, made.ids)
         return weights, ids, routing
 
-    def _empty(self, like: Tensor, has_padding: bool, tiling: Tiling | None) -> _Made:
+    def empty(self, like: Tensor, has_padding: bool, tiling: Tiling | None) -> Made:
+        """Room for what the launches write."""
         rule, num_tokens = self.rule, like.shape[0]
         slots = (num_tokens, rule.num_slots)
 
@@ -265,20 +264,25 @@ class TritonRouting:
         order: list[Tensor] = []
         if tiling is not None:
             num_slots = num_tokens * rule.num_slots
-            order = empty_order(like, num_slots, rule.num_placed, tiling.rows, tiling.tail_rows)
+            order = empty_order(like, num_slots, rule.num_placed, tiling)
         differs = has_padding or rule.bypass != 0
         weights, ids = pair()
-        return _Made(weights, ids, pair() if differs else [], bypass, order)
+        return Made(weights, ids, pair() if differs else [], bypass, order)
 
-    def _named(self, parts: list[Tensor], has_padding: bool, is_sorted: bool) -> _Made:
-        """`_Made` of what an operator returns, its parts one behind the other."""
+    def _named(self, parts: list[Tensor], has_padding: bool, is_sorted: bool) -> Made:
+        """`Made` of what an operator returns, its parts one behind the other."""
         num_raw = 2 if has_padding or self.rule.bypass else 0
         num_order = 4 if is_sorted else 0
         behind = len(parts) - num_order
         raw, bypass = parts[2 : 2 + num_raw], parts[2 + num_raw : behind]
-        return _Made(parts[0], parts[1], raw, bypass, parts[behind:])
+        return Made(parts[0], parts[1], raw, bypass, parts[behind:])
 
-    def _launch(
+    def _run(self, logits: Tensor, *given: Any) -> None:
+        with on_device(logits.device):
+            for launch in self.launches(logits, *given):
+                launch.run()
+
+    def launches(
         self,
         logits: Tensor,
         selection_bias: Tensor | None,
@@ -286,8 +290,9 @@ class TritonRouting:
         given_ids: Tensor | None,
         padding_mask: Tensor | None,
         tiling: Tiling | None,
-        made: _Made,
-    ) -> None:
+        made: Made,
+    ) -> list[Launch]:
+        """What fills `made`; see `route`."""
         rule, num_tokens = self.rule, logits.shape[0]
         if logits.stride(1) != 1:
             logits = logits.contiguous()
@@ -303,30 +308,23 @@ class TritonRouting:
             *(*made.bypass, None, None)[:2],
         )
         sizes = (num_tokens, logits.stride(0))
-        num_slots = num_tokens * rule.num_slots
-        with on_device(logits):
-            if tiling is None:
-                constants = block_sizes(rule, 1, counts=False)
-                if num_tokens:
-                    route_blocks[(num_tokens,)](*tensors, None, *sizes, **constants)
-            elif num_slots <= ONE_LAUNCH_SLOTS:
-                max_tiles, _ = tiling.max_tiles(num_slots, rule.num_placed)
-                route_and_place[(1,)](
-                    *tensors,
-                    *made.order,
-                    *sizes,
-                    max_tiles,
-                    **one_sizes(rule, num_tokens, tiling),
-                )
-            else:
-                block = block_tokens(num_tokens, rule.num_slots)
-                num_blocks = triton.cdiv(num_tokens, block)
-                counts = made.ids.new_empty((num_blocks, rule.num_placed))
-                constants = block_sizes(rule, block, counts=True)
-                route_blocks[(num_blocks,)](*tensors, counts, *sizes, **constants)
-                scan_and_scatter(
-                    made.ids, counts, block * rule.num_slots, rule.num_placed, tiling, made.order
-                )
+        if tiling is None:
+            constants = block_sizes(rule, 1, counts=False)
+            one = Launch(route_blocks, (num_tokens,), (*tensors, None, *sizes), constants)
+            return [one] if num_tokens else []
+        if num_tokens * rule.num_slots <= ONE_LAUNCH_SLOTS:
+            constants = one_sizes(rule, num_tokens, tiling)
+            return [Launch(route_and_place, (1,), (*tensors, *made.order, *sizes), constants)]
+        block = block_tokens(num_tokens, rule.num_slots)
+        num_blocks = triton.cdiv(num_tokens, block)
+        counts = made.ids.new_empty((num_blocks, rule.num_placed))
+        constants = block_sizes(rule, block, counts=True)
+        return [
+            Launch(route_blocks, (num_blocks,), (*tensors, counts, *sizes), constants),
+            *scan_and_scatter(
+                made.ids, counts, block * rule.num_slots, rule.num_placed, tiling, made.order
+            ),
+        ]
 
 
 def _takes(learned: Tensor | None, logits: Tensor, size: int) -> bool:
@@ -366,7 +364,6 @@ def one_sizes(rule: Rule, num_tokens: int, tiling: Tiling) -> dict[str, Any]:
         "ROWS": rows,
         "SIZE": size,
         "TILE_ROWS": tiling.rows,
-        "TAIL_ROWS": tiling.tail_rows,
         **sizes,
         **_options(num_warps),
     }
@@ -397,98 +394,6 @@ def block_tokens(num_tokens: int, num_slots: int) -> int:
     return min(wanted, fits)
 
 
-LEARNED_TYPES = {"selection_bias": "*fp32:16", "expert_scale": "*fp32:16"}
-GIVEN_TYPES = {"given_ids": "*i64:16", "padding_mask": "*i1:16"}
-CHOICE_TYPES = {"weights": "*fp32:16", "ids": "*i32:16"}
-RAW_TYPES = {"raw_weights": "*fp32:16", "raw_ids": "*i32:16"}
-BYPASS_TYPES = {"bypass_weights": "*fp32:16", "bypass_ids": "*i64:16"}
-ORDER_NAMES = ("sort_order", "expert_offsets", "tiles", "num_tiles")
-
-
-def shipped() -> list[CompileCase]:
-    """Specialisations that stand for all: rules of every kind and width, few tokens and many."""
-    sigmoid = RoutingConfig(
-        num_experts=256,
-        top_k=8,
-        score=ScoreFunction.SIGMOID,
-        selection_bias=SelectionBias.ON_SCORE,
-        renormalize=Renormalize.SUM,
-        epsilon=1e-20,
-        scale=2.5,
-    )
-    limited = replace(sigmoid, groups=GroupLimit(num_expert_groups=8, topk_groups=4))
-    softmax = RoutingConfig(num_experts=128, top_k=8, renormalize=Renormalize.SUM)
-    rules = {
-        "limited groups": limited,
-        "limited groups of 20": replace(limited, num_experts=160),
-        "biased sigmoid of 384": replace(sigmoid, num_experts=384),
-        "biased root of softplus of 896": replace(
-            sigmoid, num_experts=896, top_k=16, score=ScoreFunction.SQRT_SOFTPLUS
-        ),
-        "softmax": softmax,
-        "softmax of 8": replace(softmax, num_experts=8, top_k=2),
-        "softmax of the chosen": replace(
-            softmax, top_k=4, score_order=ScoreOrder.AFTER_TOP_K, renormalize=Renormalize.NONE
-        ),
-        "capped": replace(softmax, logit_softcap=30.0),
-        "shared": replace(sigmoid, num_fused_shared_experts=1),
-        "identity of 768": RoutingConfig(
-            num_experts=512,
-            top_k=12,
-            selection_bias=SelectionBias.ON_SCORE,
-            no_compute=NoComputeExperts(kind=NoComputeKind.IDENTITY, count=256),
-            scale=6.0,
-        ),
-    }
-    return [case for name, config in rules.items() for case in _cases(name, config)]
-
-
-def _cases(name: str, config: RoutingConfig) -> list[CompileCase]:
-    routing = TritonRouting.for_rule(config)
-    assert routing is not None
-    rule, most = routing.rule, ONE_LAUNCH_SLOTS // config.num_slots
-    orders = dict.fromkeys(ORDER_NAMES, "*i32:16") | {"max_tiles": "i32"}
-    cases = []
-    for num_tokens in (4, 16, 64, most):
-        sizes = one_sizes(rule, num_tokens, Tiling(16))
-        about = f"{name}: all of {num_tokens} tokens"
-        cases.append(_case(about, route_and_place, config, rule, orders, sizes))
-    sizes = block_sizes(rule, 1, counts=False) | {"counts": None}
-    cases.append(_case(f"{name}: a token", route_blocks, config, rule, {}, sizes))
-    for num_tokens in (BLOCK_TOKENS[0][0], 1 << 16):
-        block = block_tokens(num_tokens, config.num_slots)
-        sizes = block_sizes(rule, block, counts=True)
-        about = f"{name}: blocks of {block} tokens"
-        cases.append(_case(about, route_blocks, config, rule, {"counts": "*i32:16"}, sizes))
-    return cases
-
-
-def _case(
-    name: str,
-    fn: Any,
-    config: RoutingConfig,
-    rule: Rule,
-    more: dict[str, str],
-    sizes: dict[str, Any],
-) -> CompileCase:
-    taken = {"logits": "*fp32:16"} | CHOICE_TYPES | more
-    absent = LEARNED_TYPES | GIVEN_TYPES | RAW_TYPES | BYPASS_TYPES
-    if config.selection_bias is not SelectionBias.NONE:
-        taken["selection_bias"] = absent.pop("selection_bias")
-    if rule.bypass:
-        for key in (*RAW_TYPES, "bypass_weights"):
-            taken[key] = absent.pop(key)
-    options = _options(0)
-    constants = {key: value for key, value in sizes.items() if key not in options}
-    return CompileCase(
-        name,
-        fn,
-        taken | {"T": "i32", "stride": "i32"},
-        dict.fromkeys(absent) | constants,
-        sizes["num_warps"],
-    )
-
-
 def _options(num_warps: int) -> dict[str, Any]:
     """How kernels are compiled: products and sums round apart, as torch's do."""
     return {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -504,7 +409,7 @@ def _routing_of(text: str) -> TritonRouting:
     return TritonRouting(rule, text, rule.num_logits, rule.num_slots, rule.num_placed)
 
 
-def _parts(made: _Made) -> list[Tensor]:
+def _parts(made: Made) -> list[Tensor]:
     return [made.weights, made.ids, *made.raw, *made.bypass, *made.order]
 
 
@@ -516,14 +421,13 @@ def _triton_route(
     given_ids: Tensor | None,
     padding_mask: Tensor | None,
     rows: int,
-    tail_rows: int,
     rule: str,
 ) -> list[Tensor]:
     routing = _routing_of(rule)
-    tiling = Tiling(rows, tail_rows) if rows else None
-    made = routing._empty(logits, padding_mask is not None, tiling)
+    tiling = Tiling(rows) if rows else None
+    made = routing.empty(logits, padding_mask is not None, tiling)
     learned = (selection_bias, expert_scale, given_ids, padding_mask)
-    routing._launch(logits, *learned, tiling, made)
+    routing._run(logits, *learned, tiling, made)
     return _parts(made)
 
 
@@ -535,8 +439,7 @@ def _(
     given_ids: Tensor | None,
     padding_mask: Tensor | None,
     rows: int,
-    tail_rows: int,
     rule: str,
 ) -> list[Tensor]:
-    tiling = Tiling(rows, tail_rows) if rows else None
-    return _parts(_routing_of(rule)._empty(logits, padding_mask is not None, tiling))
+    tiling = Tiling(rows) if rows else None
+    return _parts(_routing_of(rule).empty(logits, padding_mask is not None, tiling))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mixtura.config import SWIGLU_OAI, Activation, ActivationFunction, ExpertsConfig, GateUp
 from mixtura.kernels.triton.device import HOPPER, Device
-from mixtura.kernels.triton.launch import Call, Launch
+from mixtura.kernels.triton.experts import Call
+from mixtura.kernels.triton.launch import Launch
 from mixtura.kernels.triton.regimes import LARGE_TILING, SMALL_TILES
 from mixtura.kernels.triton.table import DIRECT_TILE, Product
 from mixtura.quant.matrix import dense
@@ -88,7 +89,7 @@ class Shipped:
     def block(self) -> str:
         """Outputs x inputs of a step, where there are steps."""
         constants = self.launch.constants
-        return f"{constants['BLOCK_N']} x {constants['BLOCK_K']}" if "BLOCK_K" in constants else ""
+        return f"{constants['BLOCK_N']} x {constants['BLOCK_K']}" if "BLOCK_N" in constants else ""
 
 
 def shipped(
@@ -148,13 +149,13 @@ def _launches(call: Call, tiling: Tiling | None) -> Iterator[tuple[int, Product 
 
 
 def _order(call: Call, tiling: Tiling) -> ExpertOrder:
-    num_tiles = sum(tiling.max_tiles(call.num_slots, call.config.num_experts))
+    num_tiles = tiling.max_tiles(call.num_slots, call.config.num_experts)
     return ExpertOrder(
         call.ids,
         _meta(call.num_slots),
         _meta(call.config.num_experts + 1),
         _meta(num_tiles, 4),
-        _meta(2),
+        _meta(1),
         tiling,
     )
 
