@@ -13,33 +13,29 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from test_routing import (
+from routing_rules import (
+    CHOICES,
     RULES,
-    V3_GROUPS,
-    Problem,
     bias_for,
-    compare,
-    problems,
+    equal_logits,
+    few_and_infinite,
+    few_with_nan,
     random_logits,
     router_of,
+    router_with_bias,
+    steps_for,
     whole_logits,
 )
+from test_routing import Problem, compare, problems
 from tolerances import NOISE_FACTOR, RTOL, relative_error
 from torch import Tensor
 
 from mixtura.config import (
-    DroppedGroup,
     GatePrecision,
-    GroupLimit,
-    GroupScore,
     NativeGate,
-    NoComputeExperts,
-    NoComputeKind,
     Renormalize,
     RoutingConfig,
-    ScaleOn,
     ScoreFunction,
-    ScoreOrder,
     SelectionBias,
 )
 from mixtura.errors import InputError
@@ -83,64 +79,6 @@ def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> 
     assert got[1].dtype == expected[1].dtype and got[0].dtype == expected[0].dtype
     assert got[1].equal(expected[1])
     torch.testing.assert_close(got[0], expected[0], rtol=3e-6, atol=1e-30, equal_nan=True)
-
-
-def steps_for(num_experts: int) -> list[RoutingConfig]:
-    """One rule for every way to choose, of `num_experts`."""
-    top_k = min(8, num_experts)
-    sizes: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k}
-    biased = sizes | {"selection_bias": SelectionBias.ON_SCORE, "renormalize": Renormalize.SUM}
-    rules = [
-        RoutingConfig(**sizes, renormalize=Renormalize.SUM),
-        RoutingConfig(**sizes, score_order=ScoreOrder.AFTER_TOP_K, per_expert_scale=True),
-        RoutingConfig(**biased),
-        RoutingConfig(**biased, score=ScoreFunction.SIGMOID, epsilon=1e-20, scale=2.5),
-        RoutingConfig(**biased, score=ScoreFunction.SQRT_SOFTPLUS),
-        RoutingConfig(**sizes, score=ScoreFunction.SIGMOID, selection_bias=SelectionBias.ON_LOGIT),
-    ]
-    if num_experts % 20 == 0 or num_experts % 32 == 0:
-        for score in GroupScore:
-            for dropped in DroppedGroup:
-                groups = GroupLimit(
-                    num_expert_groups=4, topk_groups=2, score=score, dropped=dropped
-                )
-                rules.append(RoutingConfig(**biased, score=ScoreFunction.SIGMOID, groups=groups))
-    return rules
-
-
-def router_with_bias(config: RoutingConfig, seed: int = 0) -> Router:
-    generator = torch.Generator().manual_seed(seed)
-    has_bias = config.selection_bias is not SelectionBias.NONE
-    return create_router(
-        config,
-        # Sixteenths: scores of equal logits tie with equal biases, and there are some.
-        selection_bias=torch.randint(-4, 5, (config.num_choices,), generator=generator) / 16.0
-        if has_bias
-        else None,
-        per_expert_scale=torch.rand(config.num_experts, generator=generator) + 0.5
-        if config.per_expert_scale
-        else None,
-    )
-
-
-def equal_logits(num_tokens: int, rule: RoutingConfig) -> Tensor:
-    return torch.full((num_tokens, rule.num_logits), 0.3)
-
-
-def few_and_infinite(num_tokens: int, rule: RoutingConfig) -> Tensor:
-    """Ties, both zeros and -inf."""
-    values = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 0.5, 2.0])
-    return values[whole_indices(num_tokens, rule, len(values))]
-
-
-def few_with_nan(num_tokens: int, rule: RoutingConfig) -> Tensor:
-    values = torch.tensor([math.nan, -math.inf, 0.0, 1.0, 2.0, 3.0, -math.nan, math.inf])
-    return values[whole_indices(num_tokens, rule, len(values))]
-
-
-def whole_indices(num_tokens: int, rule: RoutingConfig, limit: int) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, limit, (num_tokens, rule.num_logits), generator=generator)
 
 
 # ---------------------------------------------------------------- exact, ties included
@@ -390,31 +328,6 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Router, "select_by_steps", refuse)
     monkeypatch.setattr("mixtura.routing.gate.gate_logits", refuse)
-
-
-CHOICES: dict[str, RoutingConfig] = RULES | {
-    "no-compute": RoutingConfig(
-        num_experts=11,
-        top_k=4,
-        no_compute=NoComputeExperts(kind=NoComputeKind.IDENTITY, count=2),
-        selection_bias=SelectionBias.ON_SCORE,
-    ),
-    "shared": RoutingConfig(num_experts=11, top_k=4, num_fused_shared_experts=2, scale=2.0),
-    "gated-shared": RoutingConfig(
-        num_experts=12,
-        top_k=4,
-        score=ScoreFunction.SIGMOID,
-        groups=V3_GROUPS,
-        num_fused_shared_experts=2,
-        fused_shared_gate=True,
-        scale=2.0,
-        scale_on=ScaleOn.OUTPUT,
-    ),
-    "clamped": RoutingConfig(
-        num_experts=7, top_k=3, renormalize=Renormalize.CLAMPED_SUM, epsilon=0.9
-    ),
-    "p-norm": RoutingConfig(num_experts=7, top_k=3, renormalize=Renormalize.P_NORM, p_norm=3.0),
-}
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routing_rules import RULES, V3_GROUPS, bias_for, random_logits, router_of, whole_logits
 from torch import Tensor
 
 from mixtura.config import (
@@ -299,78 +300,6 @@ def compare(problem: Problem) -> int:
 @given(problems())
 def test_pipeline_equals_the_double_loop(problem: Problem):
     compare(problem)
-
-
-V3_GROUPS = GroupLimit(num_expert_groups=4, topk_groups=2)
-RULES: dict[str, RoutingConfig] = {
-    "softmax": RoutingConfig(num_experts=13, top_k=3),
-    "softmax-sum": RoutingConfig(num_experts=13, top_k=3, renormalize=Renormalize.SUM),
-    "after": RoutingConfig(num_experts=13, top_k=3, score_order=ScoreOrder.AFTER_TOP_K),
-    "sigmoid-bias": RoutingConfig(
-        num_experts=13,
-        top_k=4,
-        score=ScoreFunction.SIGMOID,
-        selection_bias=SelectionBias.ON_SCORE,
-        renormalize=Renormalize.SUM,
-        epsilon=1e-20,
-        scale=2.5,
-    ),
-    "v3": RoutingConfig(
-        num_experts=12,
-        top_k=4,
-        score=ScoreFunction.SIGMOID,
-        selection_bias=SelectionBias.ON_SCORE,
-        groups=V3_GROUPS,
-        renormalize=Renormalize.SUM,
-        scale=1.5,
-    ),
-    "unbiased-groups": RoutingConfig(
-        num_experts=12,
-        top_k=4,
-        groups=dataclasses.replace(V3_GROUPS, dropped=DroppedGroup.ZERO),
-        renormalize=Renormalize.SUM,
-    ),
-    "sqrtsoftplus": RoutingConfig(
-        num_experts=13,
-        top_k=3,
-        score=ScoreFunction.SQRT_SOFTPLUS,
-        selection_bias=SelectionBias.ON_SCORE,
-        renormalize=Renormalize.SUM,
-    ),
-    "logit": RoutingConfig(
-        num_experts=13, top_k=3, score=ScoreFunction.LOGIT, renormalize=Renormalize.P_NORM
-    ),
-    "capped": RoutingConfig(
-        num_experts=13,
-        top_k=3,
-        score=ScoreFunction.SIGMOID,
-        logit_multiplier=2.0,
-        logit_softcap=3.0,
-    ),
-    "sparsemixer": RoutingConfig(
-        num_experts=13, top_k=2, score=ScoreFunction.SPARSEMIXER, jitter=0.2
-    ),
-}
-
-
-def bias_for(rule: RoutingConfig) -> Tensor | None:
-    if rule.selection_bias is SelectionBias.NONE:
-        return None
-    return torch.linspace(-0.4, 0.4, rule.num_choices)
-
-
-def router_of(rule: RoutingConfig) -> Any:
-    return create_router(rule, selection_bias=bias_for(rule))
-
-
-def random_logits(num_tokens: int, rule: RoutingConfig, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_tokens, rule.num_logits, generator=generator) * 2
-
-
-def whole_logits(num_tokens: int, rule: RoutingConfig, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-2, 3, (num_tokens, rule.num_logits), generator=generator).float()
 
 
 @pytest.mark.parametrize("name", RULES)

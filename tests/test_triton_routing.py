@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from gpu_device import DEVICE
-from test_cpu_routing import (
+from routing_rules import (
     CHOICES,
     equal_logits,
     few_and_infinite,
     few_with_nan,
+    random_logits,
     router_with_bias,
     steps_for,
+    whole_logits,
 )
-from test_routing import random_logits, whole_logits
 from test_triton_align import check as check_order
 from torch import Tensor
 

@@ -666,7 +666,8 @@ def test_a_launch_uses_the_tuned_file(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Launch.run
 
     def recorded(self: Launch) -> None:
-        launched.append(self.constants)
+        if "BLOCK_N" in self.constants:  # else it sorts slots, or adds them
+            launched.append(self.constants)
         run(self)
 
     monkeypatch.setattr(Launch, "run", recorded)
