@@ -26,15 +26,17 @@ MIN_DEPTH = 32
 MIN_COLUMNS = 16
 MAX_STAGES = 6
 
-TRANSPOSED_BYTES = 128
-"""Of a column that a program reads at once."""
-
 
 class Product(StrEnum):
     """The two products of an expert."""
 
     GATE_UP = "gate_up"
     DOWN = "down"
+
+
+TRANSPOSED_COLUMNS = {Product.GATE_UP: 32, Product.DOWN: 16}
+"""Outputs of a program that reads transposed weights of unsorted slots: neighbours in memory, so
+that whole sectors of 32 bytes are used, and so few that one row keeps all processors busy."""
 
 
 class Width(StrEnum):
@@ -120,7 +122,7 @@ class Key:
 
 _WIDE_PRODUCTS: dict[tuple[Product, int], Blocks] = {
     (Product.GATE_UP, 1): Blocks(16, 256, 4, 3),
-    (Product.DOWN, 1): Blocks(8, 256, 4, 4),
+    (Product.DOWN, 1): Blocks(8, 256, 4, 6),
     (Product.GATE_UP, 16): Blocks(64, 128, 4, 3, uses_descriptors=True),
     (Product.DOWN, 16): Blocks(64, 128, 4, 4, uses_descriptors=True),
     (Product.GATE_UP, 32): Blocks(64, 64, 4, 5, uses_descriptors=True),
@@ -135,7 +137,7 @@ KB on their way; a large one fills it."""
 
 _NARROW_PRODUCTS: dict[tuple[Product, int], Blocks] = {
     (Product.GATE_UP, 1): Blocks(16, 256, 4, 3),
-    (Product.DOWN, 1): Blocks(8, 256, 4, 4),
+    (Product.DOWN, 1): Blocks(8, 256, 4, 6),
     (Product.GATE_UP, 16): Blocks(64, 64, 4, 4),
     (Product.DOWN, 16): Blocks(64, 64, 4, 4),
     (Product.GATE_UP, 32): Blocks(64, 64, 4, 3),
@@ -179,12 +181,12 @@ def suited(blocks: Blocks, key: Key) -> Blocks:
     """The same blocks for the product's columns, next to each other or, transposed, not.
 
     Descriptors want steps that divide the columns: narrower ones, and as many bytes on their way.
-    Unsorted slots read weights by rows, and transposed ones by columns, 128 bytes at a time.
+    Unsorted slots read weights by rows, and transposed ones by columns.
     """
     while blocks.uses_descriptors and key.depth % blocks.depth and blocks.depth > MIN_DEPTH:
         blocks = replace(blocks, depth=blocks.depth // 2, num_stages=blocks.num_stages * 2)
     if key.tile_rows == DIRECT_TILE and key.is_transposed:
-        columns = TRANSPOSED_BYTES // key.dtype.itemsize
+        columns = TRANSPOSED_COLUMNS[key.product]
         elements = blocks.columns * blocks.depth
         blocks = replace(blocks, columns=columns, depth=max(elements // columns, MIN_DEPTH))
     return blocks
