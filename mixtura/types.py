@@ -173,12 +173,15 @@ class ExpertBatch:
         topk_weights: (M, K) fp32.
         order: the slots sorted, where whoever chose the ids has done so; it holds only while
             `order.ids is local_ids`.
+        expected_share: of the slots, that have an expert here where choices are even: other ranks
+            have the others'. How fast kernels are may depend on it, and nothing else.
     """
 
     hidden_states: Tensor
     local_ids: Tensor
     topk_weights: Tensor
     order: ExpertOrder | None = None
+    expected_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

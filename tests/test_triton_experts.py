@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from mixtura import FusedMoE, MoEConfig, RoutingConfig
 from mixtura.config import ExpertsConfig, WeightOn
-from mixtura.errors import DeviceMemoryError
+from mixtura.errors import DeviceMemoryError, InputError
 from mixtura.kernels import get_kernel, register_kernel, unregister_kernel
 from mixtura.kernels.reference import ReferenceKernel
 from mixtura.kernels.triton import TritonKernel, experts
 from mixtura.kernels.triton.align import order_slots
 from mixtura.kernels.triton.bypass import add_identity
+from mixtura.kernels.triton.device import device_of
 from mixtura.kernels.triton.regimes import LARGE_TILING, Regime, regime_for, tiling_for
 from mixtura.quant.matrix import dense
 from mixtura.quant.scheme import QuantScheme
@@ -151,9 +153,9 @@ def test_weights_read_by_descriptor(
     ways, way = [], experts.way_to_read
     monkeypatch.setattr(experts, "way_to_read", lambda *given: ways.append(way(*given)) or ways[-1])
     check(BLOCKED[name], num_rows, 2, FINEST)
-    is_hopper = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
     expected = "columns" if BLOCKED[name].is_transposed else "rows"
-    assert set(ways) == {expected if is_hopper else "pointer"}
+    has_them = device_of(torch.empty(0, device=DEVICE).device).has_wide_products
+    assert set(ways) == {expected if has_them else "pointer"}
 
 
 @pytest.mark.parametrize("num_rows", [1, 13])
@@ -363,6 +365,11 @@ def problem(**changes: Any) -> ExpertsProblem:
         ({"device": "cpu"}, "is for cuda"),
         ({"row_dtype": torch.float32}, "computes rows of bf16 and fp16, not torch.float32"),
         ({"row_dtype": torch.float16}, "reads weights of the rows' dtype"),
+        (
+            {"schemes": tuple(map(QuantScheme.dense, (torch.bfloat16, torch.float16)))},
+            "reads weights of the rows' dtype, and some are torch.float16",
+        ),
+        ({"experts": sizes(4096)}, "sorts by up to 2048 experts, not 4096"),
         ({"needs_grad": True}, "has no backward"),
         ({"is_deterministic": True}, "deterministic=True was asked for"),
         (
@@ -376,19 +383,99 @@ def test_what_it_cannot_run(changes: dict[str, Any], reason: str | None) -> None
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 
-def test_running_out_of_memory_names_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "shape, name",
+    [((26, 6), "hidden rows"), ((26, 8), "experts' outputs"), ((26,), "sorted slots")],
+)
+def test_running_out_of_memory_names_the_buffer(
+    shape: tuple[int, ...], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     weights, batch = random_weights(sizes(), FINEST), random_batch(sizes(), 13, 2, FINEST)
-    real = torch.empty
+    real = Tensor.new_empty
 
-    def full(*given: Any, **options: Any) -> Tensor:
-        if given[0] == (26, sizes().intermediate_size):
+    def full(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        if size == (shape,):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*given, **options)
+        return real(self, *size, **options)
 
-    monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(DeviceMemoryError, match=r"hidden rows \(\(26, 6\), 0.00 GiB\).*max_rows"):
+    monkeypatch.setattr(Tensor, "new_empty", full)
+    asked = re.escape(f"buffer of {name} ({shape}, 0.00 GiB)")
+    with pytest.raises(DeviceMemoryError, match=f"{asked}.*max_rows_per_pass"):
         run(weights, batch)
+
+
+def test_everything_is_on_one_device() -> None:
+    weights, batch = random_weights(sizes(), FINEST), random_batch(sizes(), 3, 2, FINEST)
+    elsewhere = dataclasses.replace(batch, hidden_states=batch.hidden_states.to("meta"))
+    with pytest.raises(InputError, match=r"rows, ids and routing weights \(meta, cpu, cpu\) must"):
+        KERNEL.run(weights, elsewhere)
+
+
+@pytest.mark.parametrize("role", ["gate_up_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("num_rows", [1, 20])
+def test_weights_that_begin_anywhere(num_rows: int, role: str) -> None:
+    """A descriptor wants 16 bytes of alignment; what has none is read by pointer."""
+    weights = random_weights(BLOCKED["separate"], FINEST)
+    there = on_device(weights)
+    stack = getattr(there, role).values
+    memory = torch.empty(stack.numel() + 1, dtype=stack.dtype, device=stack.device)
+    shifted = memory[1:].view(stack.shape).copy_(stack)
+    there = dataclasses.replace(there, **{role: dense(shifted)})
+    batch = random_batch(weights.config, num_rows, 2, FINEST)
+    moved = ExpertBatch(
+        batch.hidden_states.to(DEVICE), batch.local_ids.to(DEVICE), batch.topk_weights.to(DEVICE)
+    )
+    assert_close(KERNEL.run(there, moved).cpu(), truth(weights, batch), FINEST)
+
+
+@pytest.mark.parametrize("name", ["silu", "relu", "relu2", "gelu", "swiglu-oai", "limit-activated"])
+def test_nan_goes_through_every_function(name: str) -> None:
+    config = dataclasses.replace(sizes(), activation=ACTIVATIONS[name])
+    weights, batch = random_weights(config, FINEST), random_batch(config, 2, 2, FINEST, absent=0.0)
+    batch.hidden_states[0] = float("nan")
+    found = run(weights, batch)
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("num_rows", [2, 13, 260])
+def test_a_slot_without_expert_weighs_nothing(num_rows: int, reduce: bool) -> None:
+    weights, batch = random_weights(sizes(), FINEST), random_batch(sizes(), num_rows, 2, FINEST)
+    absent = batch.local_ids < 0
+    assert absent.any()
+    odd = dataclasses.replace(
+        batch, topk_weights=batch.topk_weights.masked_fill(absent, float("nan"))
+    )
+    assert torch.equal(run(weights, odd, reduce=reduce), run(weights, batch, reduce=reduce))
+
+
+def test_an_id_behind_the_last_expert_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even unsorted, where ids index the weights: behind them is NaN, and is not seen."""
+    weights = on_device(random_weights(sizes(), FINEST))
+
+    def followed(stack: Tensor) -> Tensor:
+        count = stack.shape[0]
+        memory = stack.new_full((count + 1, *stack.shape[1:]), float("nan"))
+        memory[:count] = stack
+        return memory[:count]
+
+    there = dataclasses.replace(
+        weights,
+        gate_up_proj=dense(followed(weights.gate_up_proj.values)),
+        down_proj=dense(followed(weights.down_proj.values)),
+    )
+    batch = random_batch(sizes(), 1, 2, FINEST, absent=0.0)
+    ids = torch.tensor([[sizes().num_experts, 1]], dtype=torch.int32, device=DEVICE)
+    moved = ExpertBatch(batch.hidden_states.to(DEVICE), ids, batch.topk_weights.to(DEVICE))
+    assert KERNEL.run(there, moved).isfinite().all()
+
+
+def test_regimes_look_at_the_experts_that_are_here() -> None:
+    """One rank of eight has every token, and an eighth of the slots."""
+    assert regime_for(256, 8, 16) is Regime.LARGE
+    assert tiling_for(256, 8, 16, 1 / 8) == tiling_for(256, 8, 128) == Tiling(32)
+    assert regime_for(8, 8, 16, 1 / 8) is regime_for(8, 8, 128) is Regime.DIRECT
 
 
 @pytest.mark.parametrize("num_rows, width", [(0, 8), (1, 1), (5, 40), (3, 2050)])

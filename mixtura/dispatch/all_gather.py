@@ -59,7 +59,8 @@ class AllGatherDispatcher(Dispatcher):
 
         def arrived(records: Tensor) -> Dispatched:
             batch = wire.read(records)
-            batch = replace(batch, local_ids=self.slots.local_ids(batch.local_ids))
+            local_ids, share = self.slots.local_ids(batch.local_ids), 1 / self.transport.size
+            batch = replace(batch, local_ids=local_ids, expected_share=share)
             return Dispatched(batch, (tuple(num_rows), hidden_states.dtype))
 
         return Then(pending, arrived)

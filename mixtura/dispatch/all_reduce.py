@@ -48,7 +48,8 @@ class AllReduceDispatcher(Dispatcher):
     ) -> Pending[Dispatched]:
         check_no_grad(hidden_states, topk_weights)
         local_ids = self.slots.local_ids(physical_ids)
-        batch = ExpertBatch(hidden_states, local_ids, topk_weights)
+        share = 1 / self.transport.size
+        batch = ExpertBatch(hidden_states, local_ids, topk_weights, expected_share=share)
         return Ready(Dispatched(batch, hidden_states.dtype))
 
     def combine(self, rows: Tensor, handle: Any) -> Pending[Full]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -115,7 +115,17 @@ class AllToAllDispatcher(Dispatcher):
         per_token = leaving.tokens.bincount(minlength=hidden_states.shape[0])
         first_places = per_token.cumsum(0) - per_token
         journey = Journey(leaving.send, tuple(receive), places, first_places, hidden_states.dtype)
-        return Then(pending, lambda records: Dispatched(wire.read(records), journey))
+        share = self._expected_share(leaving.local_ids.shape[1])
+
+        def arrived(records: Tensor) -> Dispatched:
+            return Dispatched(replace(wire.read(records), expected_share=share), journey)
+
+        return Then(pending, arrived)
+
+    def _expected_share(self, top_k: int) -> float:
+        """Of the slots of a row that came here: it has one at least, the others here and there."""
+        elsewhere = 1 - 1 / self.slots.num_ranks
+        return (1 - elsewhere) / (1 - elsewhere**top_k)
 
     def _by_rank(self, ids: Tensor, topk_weights: Tensor) -> Leaving:
         """One row for each token and group of ranks that has experts of its."""

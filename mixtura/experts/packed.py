@@ -142,7 +142,8 @@ class PackedExperts(nn.Module):
             roundings = self.given.roundings(self.options.activation_dtype)
         else:
             first = self.storage["gate_up_proj"].read(self)
-            schemes, roundings = (QuantScheme.dense(first.dtype),), ()
+            dtypes = (t.dtype for role, t in self._stored().items() if role.endswith("_proj"))
+            schemes, roundings = tuple(map(QuantScheme.dense, dict.fromkeys(dtypes))), ()
         return ExpertsProblem(
             experts=self.experts_config,
             schemes=schemes,

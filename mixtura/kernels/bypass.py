@@ -8,6 +8,9 @@ from torch import Tensor
 from mixtura.kernels.triton.device import missing
 from mixtura.types import Bypass
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What is added up in fp32."""
+
 
 def add_bypass(bypass: Bypass, routed: Tensor, rows: Tensor) -> Tensor:
     """`bypass.apply(routed, rows)`, in one launch on a GPU where no graph is recorded. (T,H)."""
@@ -22,5 +25,7 @@ def add_bypass(bypass: Bypass, routed: Tensor, rows: Tensor) -> Tensor:
 def _can_launch(*tensors: Tensor) -> bool:
     """Whether plain tensors of a GPU meet outside of graphs of torch.compile and of autograd."""
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    are_plain = all(tensor.is_cuda and type(tensor) is Tensor for tensor in tensors)
+    are_plain = all(
+        tensor.is_cuda and type(tensor) is Tensor and tensor.dtype in DTYPES for tensor in tensors
+    )
     return are_plain and not needs_grad and not torch.compiler.is_compiling() and missing() is None

@@ -17,6 +17,9 @@ from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 ROW_DTYPES = (torch.bfloat16, torch.float16)
 
+MAX_EXPERTS = 2048
+"""Experts whose counts one program holds."""
+
 MAX_POST_NORM_SIZE = 16384
 """Columns that one program can hold at once."""
 
@@ -36,9 +39,12 @@ class TritonKernel(StoredWeightsKernel):
             return f"reads dense weights, not the scheme {problem.scheme}"
         if problem.row_dtype not in ROW_DTYPES:
             return f"computes rows of bf16 and fp16, not {problem.row_dtype}"
-        if problem.weight_dtype is not problem.row_dtype:
-            return f"reads weights of the rows' dtype, and they are {problem.weight_dtype}"
+        others = [s.values_dtype for s in problem.schemes if s.values_dtype != problem.row_dtype]
+        if others:
+            return f"reads weights of the rows' dtype, and some are {others[0]}"
         config = problem.experts
+        if config.num_experts > MAX_EXPERTS:
+            return f"sorts by up to {MAX_EXPERTS} experts, not {config.num_experts}"
         if config.post_norm is not None and config.hidden_size > MAX_POST_NORM_SIZE:
             return f"norms rows of up to {MAX_POST_NORM_SIZE} columns, not {config.hidden_size}"
         return None

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixtura.cuda import on_device
+from mixtura.kernels.triton.buffers import empty
 from mixtura.kernels.triton.launch import Launch
 from mixtura.types import ExpertOrder, Tiling
 
@@ -344,7 +345,7 @@ def empty_order(like: Tensor, num_slots: int, num_experts: int, tiling: Tiling) 
     """Room for `sort_order`, `expert_offsets`, `tiles` and `num_tiles` of an `ExpertOrder`."""
     num_tiles = tiling.max_tiles(num_slots, num_experts)
     shapes = ((num_slots,), (num_experts + 1,), (num_tiles, 4), (1,))
-    return [like.new_empty(shape, dtype=torch.int32) for shape in shapes]
+    return [empty(like, "sorted slots", shape, torch.int32) for shape in shapes]
 
 
 def _order(ids: Tensor, num_experts: int, tiling: Tiling) -> list[Tensor]:
@@ -365,7 +366,7 @@ def order_launches(
         return [Launch(_place, (1,), (ids, *parts, num_slots), sizes)]
     block = block_slots(num_slots)
     num_blocks = triton.cdiv(num_slots, block)
-    counts = ids.new_empty((num_blocks, num_experts), dtype=torch.int32)
+    counts = empty(ids, "slots per block and expert", (num_blocks, num_experts), torch.int32)
     count = Launch(_count, (num_blocks,), (ids, counts, num_slots), count_sizes(block, num_experts))
     return [count, *scan_and_scatter(ids, counts, block, num_experts, tiling, parts)]
 

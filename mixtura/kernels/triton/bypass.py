@@ -1,11 +1,11 @@
 """What identity experts add to the routed result, in one launch."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mixtura.cuda import on_device
+from mixtura.kernels.triton.buffers import empty
 
 BLOCK_H = 1024
 """Columns of a program."""
@@ -40,7 +40,7 @@ def bypass_kernel(
 def add_identity(routed: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """(M,H), (M,H), fp32 (M,) -> (M,H) in the dtype of `routed`."""
     num_rows, width = routed.shape
-    out = torch.empty((num_rows, width), dtype=routed.dtype, device=routed.device)
+    out = empty(routed, "rows with what bypasses experts", (num_rows, width), routed.dtype)
     if num_rows == 0:
         return out
     routed, rows = (t if t.stride(1) == 1 else t.contiguous() for t in (routed, rows))

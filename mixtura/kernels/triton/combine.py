@@ -33,11 +33,13 @@ def combine_kernel(
     n = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_column = n < HIDDEN_SIZE
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    for k in tl.static_range(TOP_K):
+    # A norm holds a whole row at a time; else all the slots' reads go ahead together.
+    for k in tl.range(0, TOP_K, loop_unroll_factor=TOP_K if NORM == "none" else 1):
         slot = m * TOP_K + k
         expert = tl.load(local_ids_ptr + slot)
         has_expert = (expert >= 0) & (expert < NUM_EXPERTS)
-        row = tl.load(slots_ptr + slot * HIDDEN_SIZE + n, mask=is_column & has_expert, other=0.0)
+        mask = tl.where(has_expert, is_column, False)
+        row = tl.load(slots_ptr + slot * HIDDEN_SIZE + n, mask=mask, other=0.0)
         value = row.to(tl.float32)
         if NORM != "none":
             weight = tl.load(norm_ptr + n, mask=is_column, other=0.0)

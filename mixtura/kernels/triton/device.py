@@ -9,6 +9,8 @@ from importlib import metadata
 
 import torch
 
+from mixtura.errors import InputError
+
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 """The first with bf16 products and asynchronous copies."""
@@ -63,6 +65,12 @@ def device_of(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
     capability = None if torch.version.hip else (found.major, found.minor)
+    if capability is not None and capability < MIN_CAPABILITY:
+        raise InputError(
+            f"the GPU ({device}, {found.name}) must have compute capability "
+            f"{_dotted(MIN_CAPABILITY)} or more for Triton kernels; got {_dotted(capability)}. Use "
+            f"another GPU, or kernel='torch'."
+        )
     return Device(found.name, capability, found.multi_processor_count, shared)
 
 

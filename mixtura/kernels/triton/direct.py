@@ -23,8 +23,8 @@ def direct_gate_up_kernel(
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SIZES: tl.constexpr,
-    STRIDE_X: tl.constexpr,
     STRIDES: tl.constexpr,
+    UP_STRIDES: tl.constexpr,
     GATE_UP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -56,11 +56,11 @@ def direct_gate_up_kernel(
     up_start = INTERMEDIATE_SIZE if GATE_UP == "stacked" else 0
     row = block * WIDTH + tl.arange(0, WIDTH)
     is_row = row[:, None] < END
-    offsets = expert * STRIDES[0] + row.to(tl.int64)[:, None] * STRIDES[1]
-    gates = weight_ptr + offsets
+    gates = weight_ptr + expert * STRIDES[0] + row.to(tl.int64)[:, None] * STRIDES[1]
     if not IS_ONE_SUM:
-        ups = up_weight_ptr + offsets + up_start * STRIDES[1]
-    x_row = x_ptr + (slot // TOP_K).to(tl.int64) * STRIDE_X
+        up_row = (up_start + row).to(tl.int64)[:, None]
+        ups = up_weight_ptr + expert * UP_STRIDES[0] + up_row * UP_STRIDES[1]
+    x_row = x_ptr + (slot // TOP_K).to(tl.int64) * HIDDEN_SIZE
     gate_sums = tl.zeros((WIDTH, BLOCK_K), dtype=tl.float32)
     up_sums = tl.zeros((WIDTH, BLOCK_K), dtype=tl.float32)
     for start in tl.range(0, HIDDEN_SIZE, BLOCK_K, num_stages=NUM_STAGES):
@@ -69,11 +69,12 @@ def direct_gate_up_kernel(
         mask = is_row
         if HIDDEN_SIZE % BLOCK_K != 0:
             mask = mask & is_column[None, :]
-        columns = k[None, :].to(tl.int64) * STRIDES[2]
+        column = k[None, :].to(tl.int64)
         x = tl.load(x_row + k, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        gate_sums += tl.load(gates + columns, mask=mask, other=0.0).to(tl.float32) * x
+        gate_sums += tl.load(gates + column * STRIDES[2], mask=mask, other=0.0).to(tl.float32) * x
         if not IS_ONE_SUM:
-            up_sums += tl.load(ups + columns, mask=mask, other=0.0).to(tl.float32) * x
+            weights = tl.load(ups + column * UP_STRIDES[2], mask=mask, other=0.0)
+            up_sums += weights.to(tl.float32) * x
     gate = tl.sum(gate_sums, 1)
     up = tl.sum(up_sums, 1)
     if IS_INTERLEAVED:
@@ -138,17 +139,17 @@ def direct_down_kernel(
         if slot_weights_ptr is not None:
             scale = tl.load(slot_weights_ptr + slot, mask=has_expert, other=0.0)
         k = (step % num_steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        is_column = (k < INTERMEDIATE_SIZE) & has_expert
+        is_column = tl.where(has_expert, k < INTERMEDIATE_SIZE, False)
         hidden = hidden_ptr + slot.to(tl.int64) * INTERMEDIATE_SIZE + k
         x = tl.load(hidden, mask=is_column, other=0.0).to(tl.float32) * scale
         weights = weight_ptr + expert * STRIDES[0] + rows
         weights += k[None, :].to(tl.int64) * STRIDES[2]
-        mask = is_row[:, None] & has_expert
+        mask = tl.where(has_expert, is_row, False)[:, None]
         if INTERMEDIATE_SIZE % BLOCK_K != 0:
             mask = mask & is_column[None, :]
         sums += tl.load(weights, mask=mask, other=0.0).to(tl.float32) * x[None, :]
         if bias_ptr is not None:
-            is_first = is_row & has_expert & (step % num_steps == 0)
+            is_first = tl.where(has_expert & (step % num_steps == 0), is_row, False)
             bias = tl.load(bias_ptr + expert * HIDDEN_SIZE + n, mask=is_first, other=0.0)
             total += bias.to(tl.float32) * scale
     total += tl.sum(sums, 1)

@@ -14,8 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mixtura.config import Activation, ExpertsConfig, GateUp, LimitOn, WeightOn
 from mixtura.cuda import on_device
-from mixtura.errors import DeviceMemoryError
+from mixtura.errors import InputError
 from mixtura.kernels.triton.align import order_slots
+from mixtura.kernels.triton.buffers import empty
 from mixtura.kernels.triton.combine import combine_kernel
 from mixtura.kernels.triton.device import Device, device_of
 from mixtura.kernels.triton.direct import direct_down_kernel, direct_gate_up_kernel
@@ -52,13 +53,20 @@ def run_experts(
     config = weights.config
     rows, ids = batch.hidden_states, batch.local_ids
     num_rows, top_k = ids.shape
+    there = weights.device
+    if not rows.device == ids.device == batch.topk_weights.device == there:
+        raise InputError(
+            f"rows, ids and routing weights ({rows.device}, {ids.device}, "
+            f"{batch.topk_weights.device}) must be on the device of the experts; got {there} "
+            f"there. Move them together."
+        )
     if num_rows == 0 or top_k == 0:
         shape = (num_rows, config.hidden_size) if reduce else (num_rows, top_k, config.hidden_size)
         return rows.new_zeros(shape, dtype=rows.dtype if reduce else torch.float32)
     device = device_of(rows.device)
     call = Call(
         weights,
-        rows if rows.stride(1) == 1 else rows.contiguous(),
+        rows.contiguous(),
         ids.to(torch.int32).contiguous(),
         batch.topk_weights.to(torch.float32).contiguous(),
         weighs_input=weight_on is WeightOn.INPUT,
@@ -66,10 +74,11 @@ def run_experts(
         tuned=tuned_for(device),
     )
     with on_device(rows.device):
-        regime = regime_for(num_rows, top_k, config.num_experts)
+        sizes = (num_rows, top_k, config.num_experts, batch.expected_share)
+        regime = regime_for(*sizes)
         if regime is Regime.DIRECT and reduce and config.post_norm is None:
             return call.run_direct()
-        tiling = tiling_for(num_rows, top_k, config.num_experts) or Tiling(SMALL_TILES[0])
+        tiling = tiling_for(*sizes) or Tiling(SMALL_TILES[0])
         order = batch.order
         if order is None or order.ids is not ids or order.tiling != tiling:
             order = order_slots(call.ids, config.num_experts, tiling)
@@ -81,7 +90,7 @@ class Call:
     """One call of a layer's experts.
 
     Attributes:
-        rows: (M, H), columns next to each other. ids: (M, K) int32. topk_weights: (M, K) fp32.
+        rows: (M, H), contiguous. ids: (M, K) int32. topk_weights: (M, K) fp32.
         tuned: blocks that come before the table's.
     """
 
@@ -144,7 +153,7 @@ class Call:
         )
         constants = {
             "NUM_EXPERTS": config.num_experts,
-            **self.gate_up_constants(gate_up),
+            **self.gate_up_constants(gate_up, up),
             **direct_constants(blocks),
         }
         grid = (self.num_slots * triton.cdiv(config.intermediate_size, blocks.columns),)
@@ -180,10 +189,11 @@ class Call:
         blocks = self.blocks(Product.GATE_UP, order.tiling.rows)
         width = blocks.columns * (2 if config.gate_up is GateUp.INTERLEAVED else 1)
         read = way_to_read(gate_up, blocks)
+        up_read = read if up is None else way_to_read(up, blocks)
         arguments = (
             self.rows,
             source(gate_up, read, width, blocks.depth),
-            None if up is None else source(up, read, width, blocks.depth),
+            None if up is None else source(up, up_read, width, blocks.depth),
             self.weights.gate_up_bias,
             self.topk_weights if self.weighs_input else None,
             hidden,
@@ -192,8 +202,9 @@ class Call:
             order.num_tiles,
         )
         constants = {
-            **self.gate_up_constants(gate_up),
+            **self.gate_up_constants(gate_up, up),
             **self.tile_constants(blocks, order.tiling.rows, read),
+            "UP_READ": up_read,
         }
         grid = self.grid(blocks, order, config.intermediate_size)
         return Launch(gate_up_kernel, grid, arguments, constants)
@@ -243,7 +254,7 @@ class Call:
             "WEIGHS": not self.weighs_input,
             "BLOCK_H": columns,
             "INTERPRET": self.device.is_interpreter,
-            "num_warps": 4 if columns <= COMBINE_COLUMNS else 8,
+            "num_warps": min(16, max(4, columns // 256)),
         }
         grid = (num_rows, triton.cdiv(config.hidden_size, columns))
         return Launch(combine_kernel, grid, arguments, constants)
@@ -257,7 +268,7 @@ class Call:
                 return gate_up, gate_up
             case "separate":
                 assert weights.up_proj is not None
-                return gate_up, with_strides_of(gate_up, weights.up_proj.values)
+                return gate_up, weights.up_proj.values
             case _:
                 return gate_up, None
 
@@ -291,14 +302,14 @@ class Call:
         items = order.tiles.shape[0] * triton.cdiv(num_columns, blocks.columns)
         return (min(items, self.device.num_processors) if blocks.is_persistent else items,)
 
-    def gate_up_constants(self, weight: Tensor) -> dict[str, Any]:
+    def gate_up_constants(self, weight: Tensor, up: Tensor | None) -> dict[str, Any]:
         """Sizes, strides and activation of the first product."""
         config = self.config
         return {
             "TOP_K": self.ids.shape[1],
             "SIZES": (config.hidden_size, config.intermediate_size, config.up_size),
-            "STRIDE_X": self.rows.stride(0),
             "STRIDES": weight.stride(),
+            "UP_STRIDES": weight.stride() if up is None else up.stride(),
             "GATE_UP": config.gate_up.value,
             "ACTIVATION": activation_constants(config.activation),
         }
@@ -328,16 +339,7 @@ class Call:
 
     def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised buffer; running out of memory names it and its size."""
-        dtype = dtype or self.rows.dtype
-        try:
-            return torch.empty(shape, dtype=dtype, device=self.rows.device)
-        except torch.OutOfMemoryError as error:
-            size = torch.Size(shape).numel() * dtype.itemsize / 2**30
-            raise DeviceMemoryError(
-                f"the buffer of {name} ({shape}, {size:.2f} GiB) must fit in the memory of "
-                f"{self.rows.device}; got {error}. Send fewer tokens at a time: "
-                f"RunnerConfig(max_rows_per_pass=...)."
-            ) from None
+        return empty(self.rows, name, shape, dtype or self.rows.dtype)
 
 
 def direct_constants(blocks: Blocks) -> dict[str, Any]:
@@ -363,13 +365,6 @@ def activation_constants(activation: Activation) -> tuple[Any, ...]:
         activation.gate_softcap or 0.0,
         activation.up_softcap or 0.0,
     )
-
-
-def with_strides_of(other: Tensor, weight: Tensor) -> Tensor:
-    """A matrix laid out as the other is: itself, or, where somebody stored them unlike, a copy."""
-    if weight.stride() == other.stride():
-        return weight
-    return torch.empty_like(other).copy_(weight)
 
 
 def way_to_read(weight: Tensor, blocks: Blocks) -> str:

@@ -31,8 +31,8 @@ def gate_up_tile(
     block,
     TOP_K: tl.constexpr,
     SIZES: tl.constexpr,
-    STRIDE_X: tl.constexpr,
     STRIDES: tl.constexpr,
+    UP_STRIDES: tl.constexpr,
     GATE_UP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -40,6 +40,7 @@ def gate_up_tile(
     BLOCK_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
     READ: tl.constexpr,
+    UP_READ: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Block `block` of columns of one tile of at most BLOCK_T rows; see `gate_up_kernel`.
@@ -60,7 +61,7 @@ def gate_up_tile(
     t = tl.arange(0, BLOCK_T)
     is_row = t < num_rows
     slot = tl.load(sort_order_ptr + first + t, mask=is_row, other=0)
-    x_rows = x_ptr + (slot // TOP_K).to(tl.int64)[:, None] * STRIDE_X
+    x_rows = x_ptr + (slot // TOP_K).to(tl.int64)[:, None] * HIDDEN_SIZE
     row = block * WIDTH
     if SWAP_AB:
         gate = tl.zeros((WIDTH, BLOCK_T), dtype=tl.float32)
@@ -77,8 +78,8 @@ def gate_up_tile(
         gate = multiply_add(x, w, gate, SWAP_AB)
         if not IS_ONE_SUM:
             w = read_tile(
-                up_weight, expert, UP_START + row, k, UP_START + END, UP_SIZE, HIDDEN_SIZE, STRIDES,
-                BLOCK_N, BLOCK_K, READ, INTERPRET,
+                up_weight, expert, UP_START + row, k, UP_START + END, UP_SIZE, HIDDEN_SIZE,
+                UP_STRIDES, BLOCK_N, BLOCK_K, UP_READ, INTERPRET,
             )  # fmt: skip
             up = multiply_add(x, w, up, SWAP_AB)
 
@@ -119,8 +120,8 @@ def gate_up_kernel(
     num_tiles_ptr,
     TOP_K: tl.constexpr,
     SIZES: tl.constexpr,
-    STRIDE_X: tl.constexpr,
     STRIDES: tl.constexpr,
+    UP_STRIDES: tl.constexpr,
     GATE_UP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -130,17 +131,18 @@ def gate_up_kernel(
     GROUP: tl.constexpr,
     SWAP_AB: tl.constexpr,
     READ: tl.constexpr,
+    UP_READ: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """`out[r] = f(x[t] @ Wg[e].T + b_gate[e]) * (x[t] @ Wu[e].T + b_up[e])` of sorted rows r.
 
     Row r is flat slot s = sort_order[r] of token t = s // TOP_K. SIZES are hidden size H,
-    intermediate size I and rows of a matrix U. Pointers: x (M, H), rows STRIDE_X apart, weight
-    (L, U, H) with STRIDES or a descriptor (`read_tile`), up_weight the same where there are two
-    sums, bias (L, U), slot_weights (M, TOP_K), which scale the input, out (rows, I), sort_order,
-    tiles and num_tiles of `ExpertOrder`. Tiles of at most TAIL_T rows are computed as such, right
-    after their expert's others, while the L2 cache has its weights; without tails the next tile's
-    reads begin before this one is written.
+    intermediate size I and rows of a matrix U. Pointers: x (M, H), weight (L, U, H) with STRIDES or
+    a descriptor (`read_tile`), up_weight the same where there are two sums, bias (L, U),
+    slot_weights (M, TOP_K), which scale the input, out (rows, I), sort_order, tiles and num_tiles
+    of `ExpertOrder`. Tiles of at most TAIL_T rows are computed as such, right after their expert's
+    others, while the L2 cache has its weights; without tails the next tile's reads begin before
+    this one is written.
 
     Example: tile (expert 3, first row 40, 5 rows) and BLOCK_N 64 make, with block of columns 2,
     out[40:45, 128:192] of x at the tokens of slots sort_order[40:45].
@@ -154,12 +156,12 @@ def gate_up_kernel(
         if TAIL_T > 0 and num_rows <= TAIL_T:
             gate_up_tile(
                 x_ptr, weight, up_weight, bias_ptr, slot_weights_ptr, out_ptr, sort_order_ptr,
-                expert, first, num_rows, block, TOP_K, SIZES, STRIDE_X, STRIDES, GATE_UP,
-                ACTIVATION, TAIL_T, BLOCK_N, BLOCK_K, SWAP_AB, READ, INTERPRET,
+                expert, first, num_rows, block, TOP_K, SIZES, STRIDES, UP_STRIDES, GATE_UP,
+                ACTIVATION, TAIL_T, BLOCK_N, BLOCK_K, SWAP_AB, READ, UP_READ, INTERPRET,
             )  # fmt: skip
         else:
             gate_up_tile(
                 x_ptr, weight, up_weight, bias_ptr, slot_weights_ptr, out_ptr, sort_order_ptr,
-                expert, first, num_rows, block, TOP_K, SIZES, STRIDE_X, STRIDES, GATE_UP,
-                ACTIVATION, BLOCK_T, BLOCK_N, BLOCK_K, SWAP_AB, READ, INTERPRET,
+                expert, first, num_rows, block, TOP_K, SIZES, STRIDES, UP_STRIDES, GATE_UP,
+                ACTIVATION, BLOCK_T, BLOCK_N, BLOCK_K, SWAP_AB, READ, UP_READ, INTERPRET,
             )  # fmt: skip

@@ -29,6 +29,7 @@ def run_experts(
         batch.topk_weights,
         [] if order is None else _tensors_of(order),
         0 if order is None else order.tiling.rows,
+        batch.expected_share,
         weights.gate_up_proj.values,
         None if up is None else up.values,
         weights.down_proj.values,
@@ -60,6 +61,7 @@ def _run(
     topk_weights: Tensor,
     order: list[Tensor],
     tile_rows: int,
+    expected_share: float,
     gate_up_proj: Tensor,
     up_proj: Tensor | None,
     down_proj: Tensor,
@@ -85,7 +87,7 @@ def _run(
     if order:
         sort_order, offsets, tiles, num_tiles = order
         found = ExpertOrder(local_ids, sort_order, offsets, tiles, num_tiles, Tiling(tile_rows))
-    batch = ExpertBatch(rows, local_ids, topk_weights, found)
+    batch = ExpertBatch(rows, local_ids, topk_weights, found, expected_share)
     return experts.run_experts(
         weights, batch, WeightOn.INPUT if weighs_input else WeightOn.OUTPUT, reduce
     )
@@ -98,6 +100,7 @@ def _(
     topk_weights: Tensor,
     order: list[Tensor],
     tile_rows: int,
+    expected_share: float,
     gate_up_proj: Tensor,
     up_proj: Tensor | None,
     down_proj: Tensor,

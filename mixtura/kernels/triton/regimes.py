@@ -39,16 +39,18 @@ class Regime(StrEnum):
     LARGE = "large"
 
 
-def regime_for(num_rows: int, top_k: int, num_experts: int) -> Regime:
-    """Rows M, slots of each K, experts L -> the kernels to run."""
-    num_slots = num_rows * top_k
+def regime_for(num_rows: int, top_k: int, num_experts: int, expected_share: float = 1.0) -> Regime:
+    """Rows M, slots of each K, experts L, `ExpertBatch.expected_share` -> the kernels to run."""
+    num_slots = num_rows * top_k * expected_share
     is_few = num_rows == 1 or num_slots <= DIRECT_MAX_SHARE * num_experts
     if num_rows <= DIRECT_MAX_ROWS and is_few:
         return Regime.DIRECT
     return Regime.SMALL if num_slots <= SMALL_MAX_MEAN * num_experts else Regime.LARGE
 
 
-def tiling_for(num_rows: int, top_k: int, num_experts: int) -> Tiling | None:
+def tiling_for(
+    num_rows: int, top_k: int, num_experts: int, expected_share: float = 1.0
+) -> Tiling | None:
     """How the slots of so many rows are cut; None where they are not sorted.
 
     A small tile holds the rows of most experts when choices are even: their mean and two standard
@@ -57,11 +59,11 @@ def tiling_for(num_rows: int, top_k: int, num_experts: int) -> Tiling | None:
     >>> tiling_for(64, 8, 128)
     Tiling(rows=16)
     """
-    match regime_for(num_rows, top_k, num_experts):
+    match regime_for(num_rows, top_k, num_experts, expected_share):
         case Regime.DIRECT:
             return None
         case Regime.LARGE:
             return LARGE_TILING
-    mean = num_rows * top_k / num_experts
+    mean = num_rows * top_k * expected_share / num_experts
     wanted = mean + 2 * mean**0.5
     return Tiling(next((rows for rows in SMALL_TILES if rows >= wanted), SMALL_TILES[-1]))

@@ -43,6 +43,7 @@ from mixtura.kernels.triton.align import (
     sort_size,
     warps_for,
 )
+from mixtura.kernels.triton.buffers import empty
 from mixtura.kernels.triton.choice import (
     LOGIT,
     NORM_CLAMPED,
@@ -253,14 +254,15 @@ class TritonRouting:
         slots = (num_tokens, rule.num_slots)
 
         def pair() -> list[Tensor]:
-            weights = like.new_empty(slots, dtype=torch.float32)
-            return [weights, like.new_empty(slots, dtype=torch.int32)]
+            dtypes = (torch.float32, torch.int32)
+            return [empty(like, "chosen experts", slots, dtype) for dtype in dtypes]
 
         bypass: list[Tensor] = []
         if rule.bypass == TO_CONSTANT.value:
-            bypass = [like.new_empty(slots, dtype=dtype) for dtype in (torch.float32, torch.int64)]
+            dtypes = (torch.float32, torch.int64)
+            bypass = [empty(like, "constant experts", slots, dtype) for dtype in dtypes]
         elif rule.bypass:
-            bypass = [like.new_empty((num_tokens,), dtype=torch.float32)]
+            bypass = [empty(like, "identity experts", (num_tokens,), torch.float32)]
         order: list[Tensor] = []
         if tiling is not None:
             num_slots = num_tokens * rule.num_slots
@@ -317,7 +319,8 @@ class TritonRouting:
             return [Launch(route_and_place, (1,), (*tensors, *made.order, *sizes), constants)]
         block = block_tokens(num_tokens, rule.num_slots)
         num_blocks = triton.cdiv(num_tokens, block)
-        counts = made.ids.new_empty((num_blocks, rule.num_placed))
+        shape = (num_blocks, rule.num_placed)
+        counts = empty(logits, "slots per block and expert", shape, torch.int32)
         constants = block_sizes(rule, block, counts=True)
         return [
             Launch(route_blocks, (num_blocks,), (*tensors, counts, *sizes), constants),

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtura.config import SWIGLU_OAI, Activation, ActivationFunction, ExpertsConfig, GateUp
+from mixtura.config import (
+    SWIGLU_OAI,
+    Activation,
+    ActivationFunction,
+    ExpertsConfig,
+    GateUp,
+    PostNorm,
+)
 from mixtura.kernels.triton.device import HOPPER, Device
 from mixtura.kernels.triton.experts import Call
 from mixtura.kernels.triton.launch import Launch
@@ -60,6 +67,7 @@ MODELS: dict[str, ExpertsConfig] = {
         activation=Activation(function=ActivationFunction.RELU_SQUARED),
     ),
     "odd": _experts(2056, 1000, gate_up=GateUp.SEPARATE),
+    "normed": _experts(8192, 1024, post_norm=PostNorm.RMS_SCALE_FIRST),
 }
 """Layouts and sizes that make other kernels: the number of experts does not."""
 
@@ -120,6 +128,7 @@ def _call(config: ExpertsConfig, dtype: torch.dtype, device: Device) -> Call:
         down_proj=dense(stack(hidden, inner)),
         gate_up_bias=_meta(count, config.up_size, dtype=dtype) if config.has_bias else None,
         down_bias=_meta(count, hidden, dtype=dtype) if config.has_bias else None,
+        post_norm=_meta(hidden, dtype=dtype) if config.post_norm is not None else None,
     )
     rows = 16
     return Call(

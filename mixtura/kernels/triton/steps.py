@@ -123,9 +123,9 @@ def apply_function(x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, GATE_SOFTCAP:
     elif FUNCTION == "gelu_tanh":
         result = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     elif FUNCTION == "relu":
-        result = tl.maximum(x, 0.0)
+        result = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif FUNCTION == "relu2":
-        positive = tl.maximum(x, 0.0)
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         result = positive * positive
     elif FUNCTION == "sigmoid":
         result = tl.sigmoid(x)

@@ -183,7 +183,8 @@ def suited(blocks: Blocks, key: Key) -> Blocks:
     Descriptors want steps that divide the columns: narrower ones, and as many bytes on their way.
     Unsorted slots read weights by rows, and transposed ones by columns.
     """
-    while blocks.uses_descriptors and key.depth % blocks.depth and blocks.depth > MIN_DEPTH:
+    can_divide = blocks.uses_descriptors and key.depth % MIN_DEPTH == 0
+    while can_divide and key.depth % blocks.depth:
         blocks = replace(blocks, depth=blocks.depth // 2, num_stages=blocks.num_stages * 2)
     if key.tile_rows == DIRECT_TILE and key.is_transposed:
         columns = TRANSPOSED_COLUMNS[key.product]
@@ -214,8 +215,8 @@ def fitted(blocks: Blocks, key: Key, device: Device) -> Blocks:
 def shared_bytes(blocks: Blocks, key: Key) -> int:
     """Shared memory that a program takes: tiles in flight, and the result on its way out.
 
-    A persistent program has both at once. An estimate from above, compared with what the compiler
-    says by the tests of shipped configurations.
+    A persistent program has both at once; another's result may be in fp32. An estimate from above,
+    compared with what the compiler says by the tests of shipped configurations.
     """
     size = key.dtype.itemsize
     width = blocks.columns * (2 if key.is_doubled else 1)
@@ -225,7 +226,9 @@ def shared_bytes(blocks: Blocks, key: Key) -> int:
     if key.tile_rows == DIRECT_TILE:
         step += rows * blocks.depth * size
     in_flight = blocks.num_stages * step
-    return BARRIER_BYTES + (in_flight + result if blocks.is_persistent else max(in_flight, result))
+    if blocks.is_persistent:
+        return BARRIER_BYTES + in_flight + result
+    return BARRIER_BYTES + max(in_flight, result * 4 // size)
 
 
 BARRIER_BYTES = 1024
