@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from multiprocessing import Pipe
@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_device import DEVICE
 from tuning_fakes import CASE, GPU, SHAPE, FakeMeasure, fragile, timed, unusable
 
 from mixtura.config import ExpertsConfig, GateUp, WeightOn
 from mixtura.env import cache_directory
 from mixtura.errors import InputError
-from mixtura.kernels.triton import child, experts, measuring
+from mixtura.kernels.triton import child, experts, measuring, tuned
 from mixtura.kernels.triton.candidates import (
     MAX_CHANGES,
     Case,
@@ -49,8 +50,10 @@ from mixtura.kernels.triton.table import (
 from mixtura.kernels.triton.trials import Failed, MeasuringLost, Timed, Trial
 from mixtura.kernels.triton.tune import MARGIN, Outcome, Sweep, Verdict, updated, wins
 from mixtura.kernels.triton.tuned import (
+    TunedFile,
     TunedFileWarning,
     forget_tuned,
+    kernels_digest,
     read_tuned,
     tuned_for,
     tuned_path,
@@ -58,7 +61,6 @@ from mixtura.kernels.triton.tuned import (
 )
 from mixtura.types import ExpertBatch
 
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TILES = (DIRECT_TILE, *SMALL_TILES, LARGE_TILING.rows)
 KIB = 1024
 DEVICES = {
@@ -103,6 +105,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     forget_tuned()
     yield
     forget_tuned()
+    kernels_digest.cache_clear()
 
 
 # -------------------------------------------------------------------------------------- the table
@@ -176,6 +179,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "limits": (lambda data: data["device"].update(shared_bytes=1), "with other limits"),
     "triton": (lambda data: data.update(triton="0.0"), "made with Triton 0.0, and"),
+    "kernels": (lambda data: data.update(kernels="0"), "was measured with other kernels"),
     "no entries": (lambda data: data.pop("entries"), "is broken (KeyError"),
     "a list": (lambda data: data.update(device=[]), "is broken (TypeError"),
     "no power": (lambda data: data["entries"][0]["blocks"].update(columns=48), "48 is no power"),
@@ -183,6 +187,16 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "negative": (lambda data: data["entries"][0]["blocks"].update(depth=-64), "-64 is no number"),
     "text": (lambda data: data["entries"][0]["blocks"].update(num_warps="4"), "'4' is no number"),
     "flag": (lambda data: data["entries"][0]["blocks"].update(is_persistent=1), "is_persistent"),
+    "no descriptors": (
+        lambda data: data["entries"][0]["blocks"].update(uses_descriptors=0),
+        "uses_descriptors",
+    ),
+    "zero": (lambda data: data["entries"][0]["blocks"].update(num_stages=0), "0 is no number"),
+    "truth": (lambda data: data["entries"][0]["blocks"].update(num_warps=True), "True is no"),
+    "shallow": (lambda data: data["entries"][0]["blocks"].update(depth=16), "16 is no number"),
+    "thin": (lambda data: data["entries"][0]["blocks"].update(columns=8), "8 is no number"),
+    "a fraction": (lambda data: data["entries"][0]["blocks"].update(columns=64.0), "64.0 is no"),
+    "tile": (lambda data: data["entries"][0]["key"].update(tile_rows=True), "True is no number"),
     "field": (lambda data: data["entries"][0]["blocks"].update(extra=1), "is broken (TypeError"),
     "product": (lambda data: data["entries"][0]["key"].update(product="side"), "is broken"),
     "dtype": (lambda data: data["entries"][0]["key"].update(dtype="int4"), "is broken"),
@@ -196,6 +210,56 @@ def test_a_file_that_does_not_hold_is_left_alone(
     found = read_tuned(written(change), GPU)
     assert not found.entries
     assert found.problem is not None and problem in found.problem
+
+
+@pytest.mark.parametrize("tail_rows", ["x", -5, 8, 48, 128, 1000, True, False, None, 0.0, 16.0])
+def test_tails_are_a_power_of_two_below_the_tile(tail_rows: Any) -> None:
+    assert not tails_read(128, tail_rows).entries
+    assert "is broken (ValueError: " in str(tails_read(128, tail_rows).problem)
+
+
+@pytest.mark.parametrize(
+    "tile_rows, good, bad", [(1, [0], 16), (16, [0], 16), (32, [0, 16], 32), (128, [0, 16, 64], 96)]
+)
+def test_tails_are_rows_of_their_tile(tile_rows: int, good: list[int], bad: int) -> None:
+    for tail_rows in good:
+        (blocks,) = tails_read(tile_rows, tail_rows).entries.values()
+        assert blocks.tail_rows == tail_rows
+    assert not tails_read(tile_rows, bad).entries
+
+
+def tails_read(tile_rows: int, tail_rows: Any) -> TunedFile:
+    """A file with an entry of these tails."""
+    path, key = tuned_path(GPU), SHAPE.key(Product.GATE_UP, tile_rows)
+    write_tuned(path, GPU, {key: Blocks(32, 32, 4, 3, tail_rows=tail_rows)})
+    return read_tuned(path, GPU)
+
+
+def test_unsorted_slots_may_have_few_columns() -> None:
+    entries = {SHAPE.key(Product.DOWN, DIRECT_TILE): Blocks(8, 32, 1, 1)}
+    write_tuned(tuned_path(GPU), GPU, entries)
+    assert read_tuned(tuned_path(GPU), GPU).entries == entries
+
+
+def test_other_kernels_are_told_once_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written()
+    change_kernels(tmp_path, monkeypatch)
+    with pytest.warns(TunedFileWarning, match="measured with other kernels") as caught:
+        assert not tuned_for(GPU)
+    assert len(caught) == 1 and str(path) in str(caught[0].message)
+    assert "Run 'mixtura tune' again" in str(caught[0].message)
+    assert not tuned_for(GPU)
+
+
+def change_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a kernel had been written differently."""
+    for name in tuned.KERNELS:
+        text = (tuned.KERNELS_DIRECTORY / name).read_text()
+        (tmp_path / name).write_text(text + "# changed\n" * (name == tuned.KERNELS[-1]))
+    monkeypatch.setattr(tuned, "KERNELS_DIRECTORY", tmp_path)
+    kernels_digest.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"', "\xff\xfe", "[" * 100_000])
@@ -426,6 +490,61 @@ def test_an_earlier_entry_is_tried_first_and_goes_when_it_does_not_win() -> None
     assert outcome.verdict is Verdict.STAYS and updated(known, outcome) == {}
 
 
+MORE_SLOTS = replace(CASE, shape=replace(SHAPE, top_k=4))
+"""A case whose entry is CASE's, too."""
+OTHER_ROWS = replace(CASE, rows=(8,))
+
+
+def by_case(answers: dict[Case, dict[Blocks, Trial]]) -> Callable[..., Trial]:
+    return lambda case, blocks, is_final: answers.get(case, {}).get(blocks, timed(1.1))
+
+
+def entries_after(outcomes: list[Outcome], entries: dict[Key, Blocks]) -> dict[Key, Blocks]:
+    for outcome in outcomes:
+        entries = updated(entries, outcome)
+    return entries
+
+
+@pytest.mark.parametrize("other", [MORE_SLOTS, OTHER_ROWS])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_won_once_and_loses_nowhere_stays(other: Case, is_first: bool) -> None:
+    answers: dict[Case, dict[Blocks, Trial]] = {CASE: {FAST: timed(0.8)}, other: {FAST: timed(1)}}
+    cases = [CASE, other] if is_first else [other, CASE]
+    found = sweep(by_case(answers), cases=cases)
+    assert entries_after(found, {}) == {CASE.key: FAST}
+    again = sweep(by_case(answers), cases=cases, known={CASE.key: FAST})
+    assert entries_after(again, {CASE.key: FAST}) == {CASE.key: FAST}
+
+
+@pytest.mark.parametrize("lost", [timed(1.0, 1.02), Failed("no")])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_loses_anywhere_is_not_kept(lost: Trial, is_first: bool) -> None:
+    answers = {CASE: {FAST: timed(0.5), SECOND: timed(0.9)}, MORE_SLOTS: {FAST: lost}}
+    cases = [CASE, MORE_SLOTS] if is_first else [MORE_SLOTS, CASE]
+    assert entries_after(sweep(by_case(answers), cases=cases), {}) == {}
+    answers[MORE_SLOTS][SECOND] = timed(1.0)
+    found = sweep(by_case(answers), cases=cases, journal=journal(is_fresh=True))
+    found += sweep(by_case(answers), cases=cases)  # the first case learns what lost in the second
+    assert entries_after(found, {}) == {CASE.key: SECOND}
+
+
+def test_what_loses_a_last_look_anywhere_is_not_kept() -> None:
+    def measure(case: Case, blocks: Blocks, is_final: bool) -> Trial:
+        return timed(1.2) if is_final and case == CASE else by_blocks({FAST: timed(0.8)})(blocks)
+
+    assert entries_after(sweep(measure, cases=[CASE, MORE_SLOTS]), {}) == {}
+
+
+def test_of_two_that_lose_nowhere_the_faster_on_the_whole_is_kept() -> None:
+    answers: dict[Case, dict[Blocks, Trial]] = {
+        CASE: {FAST: timed(0.9), SECOND: timed(0.8)},
+        MORE_SLOTS: {FAST: timed(0.6), SECOND: timed(0.9)},
+    }
+    for cases in ([CASE, MORE_SLOTS], [MORE_SLOTS, CASE]):
+        found = sweep(by_case(answers), cases=cases, journal=journal(is_fresh=True))
+        assert entries_after(found, {}) == {CASE.key: FAST}
+
+
 def test_a_lost_gpu_ends_the_sweep_and_keeps_what_was_found() -> None:
     other = replace(CASE, product=Product.GATE_UP)
     answers = FakeMeasure(by_blocks({FAST: timed(0.5)}))
@@ -510,6 +629,15 @@ def test_another_gpu_triton_or_size_finds_nothing(monkeypatch: pytest.MonkeyPatc
     for case in (replace(CASE, shape=wider), replace(CASE, rows=(4,))):
         assert journal().find(case, FAST, False) is None
     monkeypatch.setattr("mixtura.kernels.triton.journal.triton_version", lambda: "0.0")
+    assert journal().find(CASE, FAST, False) is None
+
+
+def test_other_kernels_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = journal()
+    book.add(CASE, FAST, False, timed(0.8))
+    book.close()
+    assert journal().find(CASE, FAST, False) is not None
+    change_kernels(tmp_path, monkeypatch)
     assert journal().find(CASE, FAST, False) is None
 
 
@@ -637,6 +765,31 @@ def test_a_launch_that_fails_is_an_answer(
         patch.setattr(Launch, "run", failing)
         found = measure(case, blocks, False)
         assert isinstance(found, Failed) and not found.ends_case
+
+
+def test_a_capture_that_fails_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, blocks = Case(TINY, Product.DOWN, 16, (4,)), Blocks(16, 32, 4, 2)
+    captures: list[Any] = []
+    run = Launch.run
+
+    @contextmanager
+    def capture(graph: Any) -> Iterator[None]:
+        captures.append(graph)
+        yield
+
+    def failing(self: Launch) -> None:
+        if captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        run(self)
+
+    monkeypatch.setattr(measuring, "MIN_TURNS", 2)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(Launch, "run", failing)
+    found = Measuring(DEVICE)(case, blocks, False)
+    assert captures and isinstance(found, Failed) and found.has_broken_device
+    assert found.reason.endswith("RuntimeError: operation not permitted when stream is capturing")
 
 
 def test_wrong_values_are_counted() -> None:

@@ -12,12 +12,13 @@ import torch
 from tuning_fakes import CASE, GPU, FakeMeasure, timed
 from typer.testing import CliRunner, Result
 
-from mixtura.cli import app, doctor, explain
+from mixtura.cli import app, doctor, explain, tuning_report
 from mixtura.cli import tune as command
+from mixtura.cli.tuning_report import in_words
 from mixtura.hf import explain as hf_explain
 from mixtura.hf.layer_shapes import layer_shapes
 from mixtura.kernels.triton import child, device
-from mixtura.kernels.triton.candidates import Case, candidates
+from mixtura.kernels.triton.candidates import Case, candidates, cases_of
 from mixtura.kernels.triton.table import Blocks, Product
 from mixtura.kernels.triton.trials import Failed, Trial
 from mixtura.kernels.triton.tuned import (
@@ -126,6 +127,30 @@ def test_a_dry_run_needs_no_gpu(model: Path) -> None:
 @pytest.mark.parametrize("rows, part", [("1,x", "got 'x'"), ("", "got ''"), ("0", "from 1 to")])
 def test_rows_are_numbers(model: Path, rows: str, part: str) -> None:
     assert part in error_of(run("--model", model, "--dry-run", "--rows", rows))
+
+
+def test_rows_are_complained_of_before_the_gpu(model: Path) -> None:
+    assert "rows (0) must be from 1" in error_of(run("--model", model, "--rows", "0"))
+
+
+def test_candidates_that_differ_read_differently(model: Path) -> None:
+    for case in cases_of(layer_shapes(model)):
+        found = candidates(case.key, device.HOPPER)
+        assert len({in_words(blocks) for blocks in found}) == len(found)
+    assert in_words(Blocks(128, 64, 8, 4, tail_rows=64)).endswith("4 stages, tails of 64")
+
+
+def test_a_narrow_table_loses_no_letter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tuning_report, "WIDTH", 12)
+    words = "descriptors, persistent, tails of 64"
+    tuning_report.print_table(("blocks", "rows"), [(words, "1,048,576")])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert sorted(c for c in shown if c.isalnum()) == sorted(
+        c for c in "blocksrows" + words + "1,048,576" if c.isalnum()
+    )
 
 
 def test_what_wins_is_kept_and_shown(model: Path, on_gpu: Callable[[Answer], None]) -> None:

@@ -77,9 +77,9 @@ def tune(
         from mixtura.hf.layer_shapes import layer_shapes
         from mixtura.kernels.triton.candidates import cases_of
 
-        device = gpu(dry_run)
         wanted = {None: None, TunedDtype.BF16: torch.bfloat16, TunedDtype.FP16: torch.float16}
         cases = cases_of(layer_shapes(name, wanted[dtype]), numbers)
+        device = gpu(dry_run)
     if dry_run:
         show_plan(cases, device, as_json=as_json)
         return

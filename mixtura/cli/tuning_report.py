@@ -169,6 +169,7 @@ def in_words(blocks: Blocks) -> str:
     words.append(f"{blocks.num_stages} stages")
     words += ["descriptors"] * blocks.uses_descriptors
     words += ["persistent"] * blocks.is_persistent
+    words += [f"tails of {blocks.tail_rows}"] * (blocks.tail_rows > 0)
     return ", ".join(words)
 
 
@@ -236,7 +237,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         console = Console(highlight=False, width=WIDTH)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     for header in headers:
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

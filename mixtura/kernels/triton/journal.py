@@ -12,9 +12,11 @@ from mixtura.kernels.triton.candidates import Case
 from mixtura.kernels.triton.device import Device, triton_version
 from mixtura.kernels.triton.table import Blocks, blocks_for
 from mixtura.kernels.triton.trials import Failed, Timed, Trial
-from mixtura.kernels.triton.tuned import device_data, key_data, tuned_path
+from mixtura.kernels.triton.tuned import device_data, kernels_digest, key_data, tuned_path
 
 MICROSECONDS = 1e6
+PLACE = ("top_k", "rows")
+"""What an entry does not depend on."""
 
 
 def journal_path(device: Device) -> Path:
@@ -23,10 +25,10 @@ def journal_path(device: Device) -> Path:
 
 
 class Journal:
-    """Measurements by what was measured: GPU, Triton, product, rows, and both contenders' blocks.
+    """Measurements by what was measured and where: the rest, and rows with their K.
 
-    A line that was torn off is left out, and measured again; lines of another GPU or Triton are
-    never found.
+    What: GPU, Triton, kernels, product, and both contenders' blocks. A line that was torn off is
+    left out, and measured again; lines of another GPU, Triton or kernels are never found.
     """
 
     def __init__(self, path: Path, device: Device, *, is_fresh: bool = False) -> None:
@@ -37,7 +39,7 @@ class Journal:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._device = device
-        self._found: dict[str, Trial] = {}
+        self._found: dict[str, dict[str, Trial]] = {}
         text = ""
         if not is_fresh and path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -48,23 +50,33 @@ class Journal:
             self._file.write("\n")
 
     def __len__(self) -> int:
-        return len(self._found)
+        return sum(map(len, self._found.values()))
 
     def _read(self, line: str) -> None:
         try:
             data = json.loads(line)
-            self._found[_name(data["what"])] = _trial_from(data)
+            self._keep(data["what"], _trial_from(data))
         except (ValueError, KeyError, TypeError, AttributeError):
             return
 
+    def _keep(self, what: dict[str, Any], trial: Trial) -> None:
+        thing, place = _names(what)
+        self._found.setdefault(thing, {})[place] = trial
+
     def find(self, case: Case, blocks: Blocks, is_final: bool) -> Trial | None:
         """What was measured, or None."""
-        return self._found.get(_name(self._what(case, blocks, is_final)))
+        thing, place = _names(self._what(case, blocks, is_final))
+        return self._found.get(thing, {}).get(place)
+
+    def elsewhere(self, case: Case, blocks: Blocks, is_final: bool) -> list[Trial]:
+        """What was measured for the same entry in other cases: at other rows, or with another K."""
+        thing, here = _names(self._what(case, blocks, is_final))
+        return [trial for place, trial in self._found.get(thing, {}).items() if place != here]
 
     def add(self, case: Case, blocks: Blocks, is_final: bool, trial: Trial) -> None:
         """Write a measurement down at once."""
         what = self._what(case, blocks, is_final)
-        self._found[_name(what)] = trial
+        self._keep(what, trial)
         data: dict[str, Any] = {"what": what}
         if isinstance(trial, Timed):
             for name, seconds in (("shipped", trial.shipped), ("tried", trial.tried)):
@@ -82,6 +94,7 @@ class Journal:
         return {
             "device": device_data(self._device),
             "triton": triton_version(),
+            "kernels": kernels_digest(),
             "key": key_data(case.key),
             "top_k": case.shape.top_k,
             "rows": list(case.rows),
@@ -91,8 +104,11 @@ class Journal:
         }
 
 
-def _name(what: dict[str, Any]) -> str:
-    return json.dumps(what, sort_keys=True)
+def _names(what: dict[str, Any]) -> tuple[str, str]:
+    """(what was measured, where)."""
+    thing = {name: value for name, value in what.items() if name not in PLACE}
+    place = {name: what[name] for name in PLACE}
+    return json.dumps(thing, sort_keys=True), json.dumps(place, sort_keys=True)
 
 
 def _trial_from(data: dict[str, Any]) -> Trial:

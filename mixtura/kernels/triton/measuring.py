@@ -56,6 +56,10 @@ Clock = Callable[[Sequence[Sequence[Launch]], bool], list[float]]
 """Contenders' launches, and whether it is the last look -> seconds of one launch each."""
 
 
+class CaptureFailed(Exception):
+    """A CUDA graph could not be made; torch's generator and memory may be left half in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """A batch of its own ids. `order` is None where slots are not sorted."""
@@ -118,7 +122,8 @@ class Measuring:
         try:
             return self._measure(blocks, is_final)
         except Exception as error:
-            return Failed(told(error), has_broken_device=self._is_broken())
+            is_broken = isinstance(error, CaptureFailed) or self._is_broken()
+            return Failed(told(error), has_broken_device=is_broken)
 
     def _measure(self, blocks: Blocks, is_final: bool) -> Trial:
         shipped, tried = [], []
@@ -282,9 +287,12 @@ def graph_clock(contenders: Sequence[Sequence[Launch]], is_final: bool) -> list[
 
 def _captured(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch.run()
+    try:
+        with torch.cuda.graph(graph):
+            for launch in launches:
+                launch.run()
+    except Exception as error:
+        raise CaptureFailed(told(error)) from error
     return graph
 
 

@@ -1,6 +1,6 @@
 """The sweep behind `mixtura tune`: every candidate beside the table's blocks, winners once more.
 
-Who measures is given, so that nothing here needs a GPU: see trial.py, and child.py around it.
+Who measures is given, so that nothing here needs a GPU: see measuring.py, and child.py around it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import geometric_mean
 from typing import Protocol
 
 from mixtura.kernels.triton.candidates import Case, candidates
@@ -71,7 +72,12 @@ class Outcome:
 
 def wins(timed: Timed) -> bool:
     """Whether a candidate is worth an entry: faster on the whole, and nowhere slower."""
-    return timed.ratio <= 1 - MARGIN and timed.worst <= 1 + NOISE
+    return timed.ratio <= 1 - MARGIN and not loses(timed)
+
+
+def loses(trial: Trial) -> bool:
+    """Whether a candidate must not be an entry: it cannot run, or is slower somewhere."""
+    return not isinstance(trial, Timed) or trial.worst > 1 + NOISE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,14 +129,36 @@ class Sweep:
         if num_measured < len(tried):
             verdict = Verdict.PARTLY if num_measured else Verdict.NOT_REACHED
         blocks, shown = (best[0], timed[best[0]]) if best else (None, None)
-        for winner in [one for one in best if wins(timed[one])][:MAX_CONFIRMED]:
+        for winner in self._winners(case, timed)[:MAX_CONFIRMED]:
             again = self._trial(case, winner, is_final=True)
-            if isinstance(again, Timed) and wins(again):
+            if not isinstance(again, Timed) or loses(again):
+                continue
+            if wins(again) or self._has_won_elsewhere(case, winner):
                 verdict, blocks, shown = Verdict.KEPT, winner, again
                 break
         return Outcome(
             case, verdict, blocks, shown, num_measured, len(tried), failures=tuple(failures)
         )
+
+    def _winners(self, case: Case, timed: Mapping[Blocks, Timed]) -> list[Blocks]:
+        """What won here or in another case of the same entry, and lost in none: the best first.
+
+        Cases of one entry differ in rows or in K; of those to come nothing is known yet.
+        """
+        ratios = {}
+        for blocks, here in timed.items():
+            others = self.journal.elsewhere(case, blocks, is_final=False)
+            last_looks = self.journal.elsewhere(case, blocks, is_final=True)
+            if any(map(loses, (here, *others, *last_looks))):
+                continue
+            if wins(here) or self._has_won_elsewhere(case, blocks):
+                found = [here, *(one for one in others if isinstance(one, Timed))]
+                ratios[blocks] = geometric_mean(one.ratio for one in found)
+        return sorted(ratios, key=lambda blocks: ratios[blocks])
+
+    def _has_won_elsewhere(self, case: Case, blocks: Blocks) -> bool:
+        trials = self.journal.elsewhere(case, blocks, is_final=True)
+        return any(isinstance(trial, Timed) and wins(trial) for trial in trials)
 
     def _trial(self, case: Case, blocks: Blocks, *, is_final: bool) -> Trial | None:
         """From the journal, or made; None where the time is up. A last look is always taken."""
@@ -146,7 +174,8 @@ class Sweep:
 def updated(entries: Mapping[Key, Blocks], outcome: Outcome) -> dict[Key, Blocks]:
     """Entries after an outcome: a winner is put in; where all were measured and none won, none is.
 
-    An entry of an earlier sweep was among the candidates.
+    An entry of an earlier sweep or case was among the candidates, and has won where it won
+    elsewhere and did not lose here.
     """
     changed = dict(entries)
     if outcome.verdict is Verdict.KEPT:

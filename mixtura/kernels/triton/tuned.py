@@ -1,11 +1,12 @@
 """The file of blocks that `mixtura tune` has found for a GPU: one for each, in the user's cache.
 
-It holds for the GPU, the version of Triton and the experts that it was measured with. A file that
-does not is left alone: kernels then run with the table's blocks (table.py).
+It holds for the GPU, the version of Triton, the kernels and the experts that it was measured with.
+A file that does not is left alone: kernels then run with the table's blocks (table.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,28 @@ import torch
 from mixtura.config import GateUp
 from mixtura.env import cache_directory
 from mixtura.kernels.triton.device import Device, triton_version
-from mixtura.kernels.triton.table import MAX_STAGES, Blocks, Key, Product
+from mixtura.kernels.triton.table import (
+    DIRECT_TILE,
+    MAX_STAGES,
+    MIN_COLUMNS,
+    MIN_DEPTH,
+    Blocks,
+    Key,
+    Product,
+)
 
 FORMAT, VERSION = "mixtura.tuned", 1
 
 MAX_WARPS = 16
 MAX_SIDE = 4096
 """Of blocks, in columns and in depth; more is no entry of ours."""
+
+MIN_TAIL = 16
+"""Rows of the smallest tile."""
+
+KERNELS_DIRECTORY = Path(__file__).parent
+KERNELS = ("gate_up.py", "down.py", "direct.py", "steps.py")
+"""What blocks are measured with."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,7 +104,7 @@ def tuned_path(device: Device) -> Path:
 
 
 def read_tuned(path: Path, device: Device) -> TunedFile:
-    """Read a file; one that is broken, of another GPU, Triton or version has a problem instead."""
+    """Read a file; one that is broken, or was not made for what runs here, has a problem."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -99,7 +116,10 @@ def read_tuned(path: Path, device: Device) -> TunedFile:
         problem = _foreign(data, device)
         if problem is not None:
             return TunedFile(path, problem=problem)
-        entries = {key_from(one["key"]): blocks_from(one["blocks"]) for one in data["entries"]}
+        entries = {}
+        for one in data["entries"]:
+            key = key_from(one["key"])
+            entries[key] = blocks_from(one["blocks"], key.tile_rows)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return TunedFile(path, problem=f"is broken ({type(error).__name__}: {error})")
     return TunedFile(path, entries)
@@ -115,7 +135,18 @@ def _foreign(data: Any, device: Device) -> str | None:
         return f"was made on another GPU, {data['device']['name']}, with other limits"
     if data["triton"] != triton_version():
         return f"was made with Triton {data['triton']}, and {triton_version()} runs"
+    if data["kernels"] != kernels_digest():
+        return "was measured with other kernels than this mixtura has"
     return None
+
+
+@lru_cache(maxsize=1)
+def kernels_digest() -> str:
+    """Tells kernels from those of another mixtura: of their sources, read once in a process."""
+    digest = hashlib.sha256()
+    for name in KERNELS:
+        digest.update((KERNELS_DIRECTORY / name).read_bytes())
+    return digest.hexdigest()
 
 
 def write_tuned(path: Path, device: Device, entries: Mapping[Key, Blocks]) -> None:
@@ -129,6 +160,7 @@ def write_tuned(path: Path, device: Device, entries: Mapping[Key, Blocks]) -> No
         "version": VERSION,
         "device": device_data(device),
         "triton": triton_version(),
+        "kernels": kernels_digest(),
         "entries": [
             {"key": key_data(key), "blocks": asdict(blocks)} for key, blocks in entries.items()
         ],
@@ -186,24 +218,30 @@ def key_from(data: dict[str, Any]) -> Key:
     )
 
 
-def blocks_from(data: dict[str, Any]) -> Blocks:
-    """Blocks from what `asdict` makes of them.
+def blocks_from(data: dict[str, Any], tile_rows: int) -> Blocks:
+    """Blocks for tiles of so many rows, from what `asdict` makes of them.
 
     Raises:
         KeyError, TypeError, ValueError: it is none, or none that a kernel could be compiled for.
     """
     blocks = Blocks(**data)
     _count(blocks.num_stages, MAX_STAGES)
-    limits = ((blocks.columns, MAX_SIDE), (blocks.depth, MAX_SIDE), (blocks.num_warps, MAX_WARPS))
-    for value, limit in limits:
-        if _count(value, limit) & (value - 1):
-            raise ValueError(f"{value} is no power of two")
+    _power(blocks.columns, MAX_SIDE, 1 if tile_rows == DIRECT_TILE else MIN_COLUMNS)
+    _power(blocks.depth, MAX_SIDE, MIN_DEPTH)
+    _power(blocks.num_warps, MAX_WARPS)
+    if _count(blocks.tail_rows, tile_rows - 1, 0):
+        _power(blocks.tail_rows, tile_rows - 1, MIN_TAIL)
     if not isinstance(blocks.uses_descriptors, bool) or not isinstance(blocks.is_persistent, bool):
         raise ValueError("uses_descriptors and is_persistent")
     return blocks
 
 
-def _count(value: Any, limit: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-        raise ValueError(f"{value!r} is no number from 1 to {limit}")
+def _power(value: Any, most: int, least: int = 1) -> None:
+    if _count(value, most, least) & (value - 1):
+        raise ValueError(f"{value} is no power of two")
+
+
+def _count(value: Any, most: int, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{value!r} is no number from {least} to {most}")
     return value
