@@ -57,7 +57,7 @@ from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
 from mixtura.quant.scheme import ZeroPoint
-from mixtura.types import ExpertWeights
+from mixtura.types import ExpertBatch, ExpertWeights
 
 SHARED_EXPERTS = SharedExpertsConfig(intermediate_size=8)
 OVERLAP = RunnerConfig(overlap_min_tokens=2)
@@ -292,6 +292,30 @@ def test_what_is_exchanged():
     layer = ["all_to_all"] * 3
     own = calls(DispatcherName.ALL_TO_ALL, OWN)
     assert own == ["all_gather", *layer, *layer]  # the first is the step's, which was begun
+
+
+@by_way
+def test_a_rank_knows_what_part_of_the_slots_to_expect(dispatcher, held):
+    whole = build_layer(config_of(top_k=2), kernel="reference")
+    parallel = ParallelConfig(ep_size=2, tokens=held, dispatcher=dispatcher)
+    seen = []
+
+    def work(transport: virtual_ranks.ThreadTransport) -> None:
+        layer = rank_layer(whole, parallel, transport)
+        run_batch = layer.experts.run_batch
+
+        def seeing(batch: ExpertBatch, *, reduce: bool = True) -> Tensor:
+            seen.append(batch.expected_share)
+            return run_batch(batch, reduce=reduce)
+
+        layer.experts.run_batch = seeing
+        with torch.no_grad(), layer.plan.spread.ranks.clock.step(4):
+            layer(rows_of(4))
+
+    virtual_ranks.run(2, work)
+    # A row that was sent has one slot here, and the other on either rank: 1/2 of 2 / (1 - 1/4).
+    expected = 2 / 3 if dispatcher is DispatcherName.ALL_TO_ALL else 1 / 2
+    assert seen == pytest.approx([expected] * 2)
 
 
 def test_a_rank_in_another_dispatch_is_an_error():
