@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,7 +28,13 @@ def asks_for_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the device of Triton's kernels before anything imports Triton."""
+    """Choose the device of Triton's kernels before anything imports Triton.
+
+    The user's cache is out of reach: blocks that were tuned on this machine must not count.
+    """
+    cache = tempfile.TemporaryDirectory(prefix="mixtura-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
     if asks_for_gpu(config):
         os.environ.pop("TRITON_INTERPRET", None)
         return
@@ -56,9 +63,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip GPU tests where there is no GPU."""
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+    """Skip GPU tests where there is no GPU, and where Triton's kernels are interpreted."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    if not torch.cuda.is_available():
         pytest.skip(f"needs a CUDA device; torch {torch.__version__} sees none")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("run with -m gpu")
 
 
 @pytest.fixture(autouse=True)

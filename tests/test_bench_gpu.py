@@ -8,9 +8,11 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,13 +41,21 @@ from mixtura.bench.weights import LayerWeights
 from mixtura.cli import app
 from mixtura.errors import ConfigError, InputError
 from mixtura.kernels import get_kernel
+from mixtura.kernels.triton.device import device_of
+from mixtura.kernels.triton.tuned import tuned_path
 from mixtura.quant.formats import WeightFormat
 from mixtura.routing import router_for
 from mixtura.types import ExpertBatch
 
 ROOT = Path(__file__).parents[1]
 TINY = find_shape("tiny")
-PLACE = Place(device={"name": "a stand-in"}, versions={"torch": "2"}, revision="abc/def")
+PLACE = Place(
+    device={"name": "a stand-in", "driver": "580.1"},
+    versions={"torch": "2"},
+    sources="abc",
+    commit="def",
+    tuned=None,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -591,6 +601,14 @@ def test_limits_are_measured_and_named() -> None:
     assert nominal_limits("NVIDIA A100") is None
 
 
+def test_probes_leave_the_default_generator_alone() -> None:
+    """On a GPU a capture that broke leaves it unusable."""
+    before = torch.get_rng_state()
+    probe_bandwidth(StandIn())
+    probe_peak(StandIn(), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_nominal_floor_is_beside_the_measured_one() -> None:
     place = replace(PLACE, device={"name": "NVIDIA H200"})
     ours = choices.find_contenders(["torch"])
@@ -621,11 +639,42 @@ def test_what_was_measured_elsewhere_does_not_count(tmp_path: Path) -> None:
     Journal(path, PLACE).add([result])
     assert Journal(path, PLACE).results == [result]
     for other in (
-        replace(PLACE, revision="another"),
+        replace(PLACE, sources="another"),
+        replace(PLACE, tuned="0123"),
         replace(PLACE, versions={"torch": "3"}),
-        replace(PLACE, device={"name": "another"}),
+        replace(PLACE, device={"name": "another", "driver": "580.1"}),
+        replace(PLACE, device={"name": "another", "driver": None}),
+        replace(PLACE, device={**PLACE.device, "driver": "590.2"}),
     ):
         assert Journal(path, other).results == []
+
+
+def test_what_says_nothing_of_the_measurement_does_not_part_places(tmp_path: Path) -> None:
+    path, result = tmp_path / "results.jsonl", result_of()
+    untold = replace(PLACE, device={**PLACE.device, "driver": None})
+    Journal(path, PLACE).add([result])
+    for other in (replace(PLACE, commit="another"), replace(PLACE, commit=None), untold):
+        assert Journal(path, other).results == [result]
+    Journal(path, untold).add([replace(result, T=2, place=untold)])
+    assert [r.T for r in Journal(path, PLACE).results] == [1, 2]
+
+
+def test_a_place_tells_the_tuned_blocks_and_the_optional_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(metadata, "version", lambda name: f"of {name}")
+    before = command.find_place(StandIn())
+    assert before.tuned is None
+    path = tuned_path(device_of(torch.device("cpu")))
+    path.parent.mkdir(parents=True)
+    digests = []
+    for text in ("{}", "{ }"):
+        path.write_text(text)
+        digests.append(command.find_place(StandIn()).tuned)
+    assert None not in digests and len(set(digests)) == 2
+    assert before.versions["flashinfer"] == "of flashinfer-python"
+    assert before.versions["deep_gemm"] == "of deep_gemm"
 
 
 def test_the_newest_result_counts(tmp_path: Path) -> None:
@@ -683,7 +732,7 @@ def test_a_run_goes_on_where_the_one_before_it_stopped(
     bench_gpu(options(tokens="1,2", out=out), StandIn)
     assert len(measured) == 4 and "T" in capsys.readouterr().out  # shown from the file
     bench_gpu(options(tokens="1", out=out, routing="zipf"), StandIn)
-    monkeypatch.setattr(command, "find_revision", lambda: "changed")
+    monkeypatch.setattr(command, "find_sources", lambda: "changed")
     bench_gpu(options(tokens="1", out=out), StandIn)
     assert measured[4:] == [(1, ["torch"]), (1, ["torch"])]
 
@@ -764,6 +813,31 @@ def test_without_a_device_one_line_says_so() -> None:
     result = cli("--device", "cuda")
     assert "device (cuda) must be there to be measured; got none" in error_of(result, 1)
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--shape qwen", "shape ('qwen') must be one of"),
+        ("--tokens 0", "tokens (0) must be whole numbers"),
+        ("--weights int3", "weight format (int3) must be one of"),
+        ("--routing even", "routing (even) must be one of"),
+        ("--contender vllm", "contender ('vllm') must be one of"),
+    ],
+)
+def test_a_wrong_word_is_told_before_a_missing_device(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = error_of(cli("--device", "cuda", *words.split()), 1)
+    assert message in told and "device (cuda)" not in told
+
+
+def test_help_tells_the_defaults_on_a_gpu() -> None:
+    told = " ".join(cli("--help").output.replace("│", " ").split())
+    assert f"cuda: {command.DEFAULT_SECONDS:g}." in told
+    assert f"cuda: {command.DEFAULT_SHAPE}." in told
+    assert "cuda: every kernel for GPUs, and Transformers'." in told
 
 
 @pytest.mark.parametrize(
@@ -995,6 +1069,59 @@ def test_a_capture_that_breaks_says_what_broke_it(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(CannotCapture, match="operation not permitted"):
         found.capture(breaks)
+
+
+def test_a_capture_that_breaks_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    found = cuda_device(monkeypatch, cuda)
+    found.capture(lambda: torch.ones(1))
+    cuda.failure = RuntimeError("capture was invalidated")
+    with pytest.raises(CannotCapture, match="invalidated"):
+        found.capture(lambda: torch.ones(1))
+    cuda.failure = None
+    cuda.calls.clear()
+    found.capture(lambda: torch.ones(1))
+    assert cuda.calls == ["capture in None", "capture in (0, 1)"]  # memory of its own
+
+
+def test_shared_memory_that_cannot_be_made_is_a_refusal_and_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = Cuda()
+    found = cuda_device(monkeypatch, cuda)
+    zeros = torch.zeros
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(CannotCapture, match="out of memory"):
+        found.capture(lambda: torch.ones(1))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    cuda.calls.clear()
+    found.capture(lambda: torch.ones(1))
+    assert cuda.calls == ["capture in None", "capture in (0, 1)"]
+
+
+def test_what_was_there_at_a_release_can_be_freed_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.ring = self
+
+    freeze = gc.freeze
+    found = cuda_device(monkeypatch, Cuda())
+    monkeypatch.setattr(gc, "freeze", freeze)
+    ring = Ring()
+    gone = weakref.ref(ring)
+    try:
+        found.release()
+        del ring
+        found.release()
+        assert gone() is None
+    finally:
+        gc.unfreeze()
 
 
 def test_work_that_waits_for_the_host_is_found_without_a_capture(

@@ -13,9 +13,10 @@ from torch import Tensor
 from mixtura import ExpertsConfig, FusedMoE, MoEConfig, RoutingConfig, SharedExpertsConfig
 from mixtura.config import SWIGLU_OAI, GateUp, NoComputeExperts, NoComputeKind, Renormalize
 from mixtura.kernels.reference.activation import activate, split_gate_up
+from mixtura.kernels.registry import gpu_routing
 from mixtura.kernels.triton import TritonKernel
 from mixtura.quant.matrix import dense
-from mixtura.types import ExpertBatch, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertOrder, ExpertWeights, Routing
 
 pytestmark = pytest.mark.gpu
 
@@ -23,6 +24,8 @@ KERNEL = TritonKernel()
 
 MAX_ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Of a result, relative (Frobenius), against fp32 with the same weights."""
+
+NUM_LAUNCHES = 10_000
 
 NUM_SAMPLED = 64
 """Rows that are compared; fp32 experts on all would take longer than everything else."""
@@ -48,6 +51,13 @@ SHAPES: dict[str, tuple[ExpertsConfig, int]] = {
     "uneven": (ExpertsConfig(num_experts=60, hidden_size=2056, intermediate_size=1000), 6),
 }
 ROWS = (1, 2, 7, 8, 16, 33, 128, 512, 2048, 5000)
+
+HUGE_ROWS = 80_000
+HUGE_BYTES = 24e9
+"""Free memory with which so many rows are tried: a matrix of all slots in fp32 takes 10.5."""
+
+NUM_POISONED = 32
+"""Buffers of each small size that are filled at a time."""
 
 
 def random_weights(config: ExpertsConfig, dtype: torch.dtype) -> ExpertWeights:
@@ -116,9 +126,27 @@ def truth(weights: ExpertWeights, batch: ExpertBatch) -> Tensor:
 
 
 def poison() -> None:
-    """Leave NaN in the memory that the next buffers are made of."""
-    for size in (2**20, 2**24, 2**28):
-        torch.full((size,), float("nan"), dtype=torch.bfloat16, device="cuda")
+    """Leave NaN in the memory that the next buffers are made of.
+
+    Of many sizes, all held at a time and the largest first, so that holes are filled with what is
+    smaller: up to 1 MB torch takes buffers from another pool than above it.
+    """
+    sizes = [2**29, 2**25, 2**21]  # bytes
+    sizes += [size for power in range(20, 8, -1) for size in [2**power] * NUM_POISONED]
+    held = [
+        torch.full((size // 2,), float("nan"), dtype=torch.bfloat16, device="cuda")
+        for size in sizes
+    ]
+    del held
+
+
+def error_at(weights: ExpertWeights, batch: ExpertBatch, found: Tensor, sample: Tensor) -> float:
+    """Relative error of some rows against fp32."""
+    part = ExpertBatch(
+        batch.hidden_states[sample], batch.local_ids[sample], batch.topk_weights[sample]
+    )
+    expected = truth(weights, part)
+    return float((found[sample].float() - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -135,12 +163,24 @@ def test_results_at_the_sizes_of_models(shape: tuple[ExpertWeights, int], num_ro
     poison()
     found = KERNEL.run(weights, batch)
     sample = torch.randperm(num_rows)[:NUM_SAMPLED].cuda()
-    part = ExpertBatch(
-        batch.hidden_states[sample], batch.local_ids[sample], batch.topk_weights[sample]
-    )
-    expected = truth(weights, part)
-    error = (found[sample].float() - expected).norm() / expected.norm()
-    assert error <= MAX_ERROR[torch.bfloat16]
+    assert error_at(weights, batch, found, sample) <= MAX_ERROR[torch.bfloat16]
+    assert found.isfinite().all()
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    """(M, K, H) has 2.6e9, and the sorted rows of the slots that are not empty 2.35e9."""
+    num_rows, top_k = HUGE_ROWS, 8
+    config = ExpertsConfig(num_experts=8, hidden_size=4096, intermediate_size=128)
+    if torch.cuda.mem_get_info()[0] < HUGE_BYTES:
+        pytest.skip(f"needs {HUGE_BYTES / 1e9:.0f} GB of free memory")
+    assert 0.9 * num_rows * top_k * config.hidden_size > 2**31
+    weights = random_weights(config, torch.bfloat16)
+    batch = random_batch(config, top_k, num_rows, torch.bfloat16)
+    found = KERNEL.run(weights, batch)
+    # Every row visits nearly every expert; the last rows' slots are the last of each.
+    sample = torch.cat([torch.arange(NUM_SAMPLED), torch.arange(NUM_SAMPLED) - NUM_SAMPLED])
+    sample = torch.cat([sample, torch.randperm(num_rows)[:NUM_SAMPLED]]).cuda()
+    assert error_at(weights, batch, found, sample) <= MAX_ERROR[torch.bfloat16]
     assert found.isfinite().all()
 
 
@@ -178,10 +218,65 @@ def test_the_same_answer_ten_thousand_times(num_rows: int) -> None:
     batch = random_batch(config, 4, num_rows, torch.bfloat16)
     expected = KERNEL.run(weights, batch)
     is_same = torch.ones((), dtype=torch.bool, device="cuda")
-    for number in range(10_000):
+    for number in range(NUM_LAUNCHES):
         if number % 100 == 0:
             poison()
         is_same &= (KERNEL.run(weights, batch) == expected).all()
+    assert bool(is_same)
+
+
+def parts_that_hold(order: ExpertOrder | None, num_rows: int, num_tiles: int) -> list[Tensor]:
+    """What of an order is said: nothing behind the last row and the last tile."""
+    if order is None:
+        return []
+    return [
+        order.sort_order[:num_rows], order.expert_offsets, order.tiles[:num_tiles], order.num_tiles,
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens, is_sorted", [(4, False), (48, True), (700, True)])
+def test_the_same_routing_ten_thousand_times(num_tokens: int, is_sorted: bool) -> None:
+    """One program for each token; one for all; and blocks, a scan, and their scattering."""
+    routing = gpu_routing(RoutingConfig(num_experts=32, top_k=4, renormalize=Renormalize.SUM))
+    assert routing is not None
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(num_tokens, 32, generator=generator, device="cuda")
+    is_real = torch.arange(num_tokens, device="cuda") % 7 != 3
+    _, _, expected = routing.route(logits, padding_mask=is_real)
+    order = expected.order
+    assert (order is not None) == is_sorted
+    num_rows = 0 if order is None else int(order.expert_offsets[-1])
+    num_tiles = 0 if order is None else int(order.num_tiles)
+    assert num_rows == (4 * int(is_real.sum()) if is_sorted else 0)
+
+    def parts(made: Routing) -> list[Tensor]:
+        return [
+            made.topk_ids, made.topk_weights, *parts_that_hold(made.order, num_rows, num_tiles),
+        ]  # fmt: skip
+
+    wanted = parts(expected)
+    is_same = torch.ones((), dtype=torch.bool, device="cuda")
+    for number in range(NUM_LAUNCHES):
+        if number % 100 == 0:
+            poison()
+        _, _, found = routing.route(logits, padding_mask=is_real)
+        for part, right in zip(parts(found), wanted, strict=True):
+            is_same &= (part == right).all()
+    assert bool(is_same)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [4, 48, 700])
+def test_a_whole_layer_answers_the_same_ten_thousand_times(num_tokens: int) -> None:
+    moe = layer()
+    rows = torch.randn(num_tokens, 512, device="cuda", dtype=torch.bfloat16)
+    expected = moe(rows)
+    is_same = torch.ones((), dtype=torch.bool, device="cuda")
+    for number in range(NUM_LAUNCHES):
+        if number % 100 == 0:
+            poison()
+        is_same &= (moe(rows) == expected).all()
     assert bool(is_same)
 
 

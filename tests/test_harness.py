@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GPU_MODULES, asks_for_gpu
+from conftest import GPU_MODULES, asks_for_gpu, pytest_runtest_setup
+
+from mixtura.env import cache_directory
 
 TESTS = Path(__file__).parent
 ABSENT = (
@@ -112,3 +115,26 @@ def test_which_runs_ask_for_gpu_tests(expression, is_gpu_run):
         option = type("Option", (), {"markexpr": expression})
 
     assert asks_for_gpu(Config) is is_gpu_run  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_interpreted", [True, False])
+def test_gpu_tests_do_not_run_interpreted(is_interpreted, monkeypatch):
+    class Item:
+        @staticmethod
+        def get_closest_marker(name):
+            return pytest.mark.gpu if name == "gpu" else None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    if not is_interpreted:
+        pytest_runtest_setup(Item)  # type: ignore[arg-type]
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(pytest.skip.Exception, match="run with -m gpu"):
+        pytest_runtest_setup(Item)  # type: ignore[arg-type]
+
+
+def test_no_test_reads_the_cache_of_the_user():
+    directory = cache_directory()
+    assert directory.parent.parent == Path(tempfile.gettempdir())
+    assert directory.parent.name.startswith("mixtura-tests-") and directory.parent.is_dir()

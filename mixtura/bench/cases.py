@@ -214,8 +214,8 @@ def parse_weights(text: str) -> list[WeightFormat]:
     return list(dict.fromkeys(WeightFormat.parse(part.strip()) for part in text.split(",")))
 
 
-def find_cases(shapes: list[str], weights: str, tokens: str, device: str = "cpu") -> list[Case]:
-    """Every combination, tokens fastest, so that the weights of a layer are made once.
+def find_cases(shapes: list[str], weights: str, tokens: str) -> list[Case]:
+    """Every combination, on a CPU, tokens fastest, so that the weights of a layer are made once.
 
     Raises:
         ConfigError: a name is unknown, or a number of tokens is not above 0.
@@ -223,7 +223,7 @@ def find_cases(shapes: list[str], weights: str, tokens: str, device: str = "cpu"
     layers = [find_shape(name) for name in dict.fromkeys(shapes)]
     formats, counts = parse_weights(weights), parse_tokens(tokens)
     return [
-        Case(shape=layer, num_tokens=count, weights=format, device=device)
+        Case(shape=layer, num_tokens=count, weights=format)
         for layer in layers
         for format in formats
         for count in counts

@@ -32,6 +32,20 @@ def require_matplotlib() -> None:
     _matplotlib("figure")
 
 
+def check_writable(path: Path) -> None:
+    """Find a directory that is not there before time is spent.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise InputError(
+            f"the chart ({path}) must be writable; got {error.strerror}. Choose another path."
+        ) from None
+
+
 def save_chart(results: Sequence[CaseResult], path: str | Path) -> None:
     """Draw fraction of the floor against T: a panel for each shape, a line for each weight format.
 

@@ -77,12 +77,15 @@ def bench(
         list[str] | None,
         typer.Option(
             help="experts: a kernel, or a peer to compare with; repeatable. Default: the preferred "
-            "kernel and the peers that are installed."
+            "kernel and the peers that are installed; cuda: every kernel for GPUs, and "
+            "Transformers'."
         ),
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0.0, help=f"experts: for each case. Default: {DEFAULT_SECONDS:g}."),
+        typer.Option(
+            min=0.0, help=f"experts: for each case. Default: {DEFAULT_SECONDS:g}; cuda: 4."
+        ),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="experts: draw the results here.")] = None,
     routing: Annotated[
@@ -222,7 +225,7 @@ def bench_experts(
 ) -> None:
     """Measure cases one after the other; what is measured is shown, however it ends."""
     from mixtura.bench.cases import find_cases
-    from mixtura.bench.chart import require_matplotlib
+    from mixtura.bench.chart import check_writable, require_matplotlib
     from mixtura.bench.choices import DEFAULT, find_contenders
     from mixtura.bench.experts import run_cases
     from mixtura.bench.machine import probe_machine
@@ -310,19 +313,3 @@ def make_console(as_json: bool) -> Console:
 
     console = Console(stderr=as_json, highlight=False)
     return console if console.is_terminal else Console(stderr=as_json, highlight=False, width=WIDTH)
-
-
-def check_writable(path: Path) -> None:
-    """Find a directory that is not there before hours are spent.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    from mixtura.errors import InputError
-
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise InputError(
-            f"the chart ({path}) must be writable; got {error.strerror}. Choose another path."
-        ) from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtura.bench.cases import Case, find_cases
-from mixtura.bench.chart import draw_lines, require_matplotlib
+from mixtura.bench.chart import check_writable, draw_lines, require_matplotlib
 from mixtura.bench.choices import default_on_gpu, find_contenders
 from mixtura.bench.contenders import Contender
 from mixtura.bench.gpu.batches import Spread
@@ -18,16 +18,24 @@ from mixtura.bench.gpu.device import CudaDevice, Device
 from mixtura.bench.gpu.journal import Journal
 from mixtura.bench.gpu.layer_case import Bench, DeviceLost, run_case
 from mixtura.bench.gpu.limits import probe_bandwidth, probe_peak
-from mixtura.bench.gpu.results import Key, LayerResult, Place, find_revision, find_versions
+from mixtura.bench.gpu.results import (
+    Key,
+    LayerResult,
+    Place,
+    find_commit,
+    find_sources,
+    find_tuned,
+    find_versions,
+)
 from mixtura.bench.gpu.rotation import Measure, Mode
 from mixtura.bench.gpu.table import case_line, chart_lines, notes, place_summary, results_table
-from mixtura.errors import InputError
 
 DEFAULT_SHAPE = "qwen3-30b-a3b"
 DEFAULT_WEIGHTS = "bf16"
 DEFAULT_TOKENS = "1,8,16,32,64,128,256,512,2048,8192,16384"
 DEFAULT_SECONDS = 4.0
-"""For the timing of a case; with compiling and capturing a shape takes under two minutes."""
+"""For the timing of a case; with compiling and capturing a shape is meant to take under two
+minutes."""
 
 TITLE = "One layer in a CUDA graph: share of the floor"
 
@@ -62,13 +70,14 @@ def bench_gpu(options: GpuOptions, open_device: Callable[[], Device] = CudaDevic
         InputError: there is no such device, or a file cannot be written.
         ConfigError: a name is unknown.
     """
-    device = open_device()
-    cases = find_cases(list(options.shapes), options.weights, options.tokens, device.type)
+    cases = find_cases(list(options.shapes), options.weights, options.tokens)
     spread = Spread.parse(options.routing)
     contenders = find_contenders(list(options.contenders) or default_on_gpu())
+    device = open_device()
+    cases = [dataclasses.replace(case, device=device.type) for case in cases]
     if options.png is not None:
         require_matplotlib()
-        _check_writable(options.png)
+        check_writable(options.png)
     place = find_place(device)
     journal = Journal(options.out, place)
     dtypes = dict.fromkeys(case.dtype for case in cases)
@@ -103,7 +112,9 @@ def find_place(device: Device) -> Place:
     return Place(
         device=dataclasses.asdict(device.facts()),
         versions=find_versions(),
-        revision=find_revision(),
+        sources=find_sources(),
+        commit=find_commit(),
+        tuned=find_tuned(device.type),
     )
 
 
@@ -172,13 +183,3 @@ def show(results: Sequence[LayerResult], options: GpuOptions) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _check_writable(path: Path) -> None:
-    """Find a directory that is not there before minutes are spent."""
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise InputError(
-            f"the chart ({path}) must be writable; got {error.strerror}. Choose another path."
-        ) from None

@@ -162,9 +162,9 @@ class CudaDevice(Device):
                 step()
         except Exception as error:
             raise CannotCapture(first_line(error)) from None
-        pool, graph = self._graph_memory(), torch.cuda.CUDAGraph()
         reason: str | None = None
         try:
+            pool, graph = self._graph_memory(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 try:
                     output = step()
@@ -172,11 +172,13 @@ class CudaDevice(Device):
                     reason = first_line(error)  # the end of the capture has another to tell
                     raise
         except Exception as error:
+            self._first = None  # what broke may have left the shared memory in a capture
             raise CannotCapture(reason or first_line(error)) from None
         return Graph(graph.replay, output)
 
     def release(self) -> None:
         self._first = None
+        gc.unfreeze()  # what the last call froze may be garbage by now, and hold tensors
         gc.collect()
         gc.freeze()  # every capture collects: it need not look at what is there now
         torch.cuda.empty_cache()
@@ -198,12 +200,13 @@ class CudaDevice(Device):
     def _graph_memory(self) -> Any:
         """The memory that graphs share: they run in turn, and keep nothing but an output.
 
-        A small graph holds it until `release`, whatever becomes of the others.
+        A small graph holds it until `release`, or until a capture fails.
         """
         if self._first is None:
-            self._first = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._first):
+            first = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(first):
                 torch.zeros(1, device=self.type)
+            self._first = first
         return self._first.pool()
 
     def _ask_smi(self) -> dict[str, str]:

@@ -13,8 +13,8 @@ from mixtura.errors import InputError
 class Journal:
     """Results of earlier runs that still hold, and those of this one.
 
-    What was measured elsewhere, or with other versions or sources, stays in the file and does not
-    count. A line that is torn, or that another version wrote, is passed over.
+    What was measured elsewhere, or with other versions, sources or tuned blocks, stays in the file
+    and does not count. A line that is torn, or that another version wrote, is passed over.
 
     Args:
         path: of the file; None keeps nothing.
@@ -46,7 +46,7 @@ class Journal:
     def _take(self, result: LayerResult | None) -> None:
         if result is None:
             self.num_passed_over += 1
-        elif result.place == self.place:
+        elif result.place.is_like(self.place):
             self._results[result.key] = result
 
     @property

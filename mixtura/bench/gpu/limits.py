@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mixtura.bench.gpu.device import Device
 
@@ -55,7 +56,7 @@ def nominal_limits(name: str) -> Nominal | None:
 def probe_bandwidth(device: Device) -> Bandwidth:
     """Copy and read a buffer of `probe_bytes`, or of a quarter of what is free."""
     num_bytes = min(device.probe_bytes, device.free_bytes() // 4)
-    source = torch.randn(max(num_bytes // ELEMENT.itemsize, 1), device=device.type, dtype=ELEMENT)
+    source = _random(device, ELEMENT, max(num_bytes // ELEMENT.itemsize, 1))
     target = torch.empty_like(source)
     size = source.numel() * ELEMENT.itemsize
     copy = _median(device, functools.partial(target.copy_, source))
@@ -66,9 +67,15 @@ def probe_bandwidth(device: Device) -> Bandwidth:
 def probe_peak(device: Device, dtype: torch.dtype) -> float:
     """Operations per second of a square product of N(0,1) data, `matrix_size` on a side."""
     size = device.matrix_size
-    left, right = (torch.randn(size, size, device=device.type, dtype=dtype) for _ in range(2))
+    left, right = (_random(device, dtype, size, size, seed=seed) for seed in range(2))
     out = torch.empty_like(left)
     return 2 * size**3 / _median(device, functools.partial(torch.mm, left, right, out=out))
+
+
+def _random(device: Device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    """N(0,1), from a generator of its own: a capture that broke leaves torch's default unusable."""
+    generator = torch.Generator(device.type).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device.type, dtype=dtype)
 
 
 def _median(device: Device, call: Callable[[], object]) -> float:

@@ -17,13 +17,17 @@ import torch
 from mixtura.bench.gpu.limits import Bandwidth
 from mixtura.bench.measure import Timing
 from mixtura.bench.results import Floor
+from mixtura.kernels.optional import DEEP_GEMM, FLASHINFER
+from mixtura.kernels.triton.device import device_of
+from mixtura.kernels.triton.tuned import tuned_path
 
 PACKAGE = Path(__file__).parents[2]
+OPTIONAL = (FLASHINFER, DEEP_GEMM)
 PACKAGES = ("triton", "transformers", "kernels", "mixtura")
-"""Whose versions are told; without an installed mixtura the revision tells which one it is."""
+"""Whose versions are told; without an installed mixtura the sources tell which one it is."""
 
 DIGEST = 12
-"""Digits of a digest of the sources."""
+"""Digits of a digest."""
 
 Key = tuple[str, ...]
 """Shape, tokens, weights, routing, contender, measure, mode."""
@@ -35,12 +39,29 @@ class Place:
 
     Attributes:
         device: name, capability and driver, bytes of cache and memory.
-        versions: of Python and packages. revision: of mixtura's sources.
+        versions: of Python and packages.
+        sources: a digest of mixtura's. commit: where they are in a repository.
+        tuned: a digest of the file of tuned blocks for the device, None without one.
     """
 
     device: dict[str, Any]
     versions: dict[str, str | None]
-    revision: str
+    sources: str
+    commit: str | None
+    tuned: str | None
+
+    def is_like(self, other: Place) -> bool:
+        """Whether results of both may be compared.
+
+        A commit that changes no source is the same place; so is a driver that nvidia-smi did not
+        tell.
+        """
+        device, others = dict(self.device), dict(other.device)
+        if None in (device.get("driver"), others.get("driver")):
+            device["driver"] = others["driver"] = None
+        return (device, self.versions, self.sources, self.tuned) == (
+            others, other.versions, other.sources, other.tuned,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,15 +171,19 @@ def find_versions() -> dict[str, str | None]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = None
-    return found
+    return found | {package.module.partition(".")[0]: package.version for package in OPTIONAL}
 
 
-def find_revision() -> str:
-    """The commit, where the package is in a repository, and a digest of the sources as they are."""
+def find_sources() -> str:
+    """A digest of the package's sources as they are."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
-    sources = digest.hexdigest()[:DIGEST]
+    return digest.hexdigest()[:DIGEST]
+
+
+def find_commit() -> str | None:
+    """The commit, where the package is in a repository."""
     try:
         done = subprocess.run(
             ["git", "-C", str(PACKAGE), "rev-parse", "--short=12", "HEAD"],
@@ -167,5 +192,14 @@ def find_revision() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return sources
-    return f"{done.stdout.strip()}/{sources}"
+        return None
+    return done.stdout.strip()
+
+
+def find_tuned(device_type: str) -> str | None:
+    """A digest of the file of tuned blocks for the current device of a type; None without one."""
+    path = tuned_path(device_of(torch.device(device_type)))
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:DIGEST]
+    except OSError:
+        return None

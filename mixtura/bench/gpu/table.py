@@ -19,7 +19,8 @@ def place_summary(place: Place, bandwidth: Bandwidth, peak: dict[str, float]) ->
     peaks = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in peak.items())
     return (
         f"{device['name']} ({device['capability']}, driver {device['driver'] or 'unknown'}); "
-        f"{versions}; sources {place.revision}\n"
+        f"{versions}; sources {place.sources}, commit {place.commit or 'unknown'}, "
+        f"tuned blocks {place.tuned or 'none'}\n"
         f"copies {bandwidth.copy / 1e9:.0f} GB/s, reads {bandwidth.read / 1e9:.0f} GB/s; dense "
         f"products, TFLOP/s: {peaks}"
     )
