@@ -238,6 +238,8 @@ def test_debug_finds_bad_ids_before_they_are_placed_or_sent(is_balanced):
         return logits[:, :top_k], torch.full((logits.shape[0], top_k), 6)
 
     layer, state, transport = spread_layer(moe_config(debug=True), custom_routing=custom)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)  # memory that was NaN would be found first
     if is_balanced:
         layer.set_layer_state(state)
     with (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixtura.cuda import on_device
 from mixtura.kernels.triton.buffers import empty
-from mixtura.kernels.triton.launch import Launch
+from mixtura.kernels.triton.launch import Launch, cdiv, next_power_of_2
 from mixtura.types import ExpertOrder, Tiling
 
 ONE_LAUNCH_SLOTS = 2048
@@ -365,7 +365,7 @@ def order_launches(
         sizes = place_sizes(num_slots, num_experts, tiling)
         return [Launch(_place, (1,), (ids, *parts, num_slots), sizes)]
     block = block_slots(num_slots)
-    num_blocks = triton.cdiv(num_slots, block)
+    num_blocks = cdiv(num_slots, block)
     counts = empty(ids, "slots per block and expert", (num_blocks, num_experts), torch.int32)
     count = Launch(_count, (num_blocks,), (ids, counts, num_slots), count_sizes(block, num_experts))
     return [count, *scan_and_scatter(ids, counts, block, num_experts, tiling, parts)]
@@ -404,7 +404,7 @@ def sort_size(num_slots: int) -> int:
 
 def experts_room(num_experts: int) -> int:
     """Experts that a row of counts has room for."""
-    room: int = triton.next_power_of_2(num_experts)
+    room: int = next_power_of_2(num_experts)
     return max(MIN_EXPERTS, room)
 
 

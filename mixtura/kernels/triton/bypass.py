@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mixtura.cuda import on_device
 from mixtura.kernels.triton.buffers import empty
+from mixtura.kernels.triton.launch import cdiv, next_power_of_2
 
 BLOCK_H = 1024
 """Columns of a program."""
@@ -45,7 +46,7 @@ def add_identity(routed: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         return out
     routed, rows = (t if t.stride(1) == 1 else t.contiguous() for t in (routed, rows))
     with on_device(routed.device):
-        bypass_kernel[(num_rows, triton.cdiv(width, BLOCK_H))](
+        bypass_kernel[(num_rows, cdiv(width, BLOCK_H))](
             routed,
             rows,
             weight.contiguous(),
@@ -53,6 +54,6 @@ def add_identity(routed: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
             routed.stride(0),
             rows.stride(0),
             HIDDEN_SIZE=width,
-            BLOCK_H=min(BLOCK_H, triton.next_power_of_2(width)),
+            BLOCK_H=min(BLOCK_H, next_power_of_2(width)),
         )
     return out

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,7 +21,7 @@ from mixtura.kernels.triton.device import Device, device_of
 from mixtura.kernels.triton.direct import direct_down_kernel, direct_gate_up_kernel
 from mixtura.kernels.triton.down import down_kernel
 from mixtura.kernels.triton.gate_up import gate_up_kernel
-from mixtura.kernels.triton.launch import Launch
+from mixtura.kernels.triton.launch import Launch, cdiv, next_power_of_2
 from mixtura.kernels.triton.regimes import SMALL_TILES, Regime, regime_for, tiling_for
 from mixtura.kernels.triton.table import (
     DIRECT_TILE,
@@ -156,7 +155,7 @@ class Call:
             **self.gate_up_constants(gate_up, up),
             **direct_constants(blocks),
         }
-        grid = (self.num_slots * triton.cdiv(config.intermediate_size, blocks.columns),)
+        grid = (self.num_slots * cdiv(config.intermediate_size, blocks.columns),)
         return Launch(direct_gate_up_kernel, grid, arguments, constants)
 
     def direct_down(self, hidden: Tensor, out: Tensor) -> Launch:
@@ -179,7 +178,7 @@ class Call:
             **self.down_constants(),
             **direct_constants(blocks),
         }
-        grid = (num_rows * triton.cdiv(config.hidden_size, blocks.columns),)
+        grid = (num_rows * cdiv(config.hidden_size, blocks.columns),)
         return Launch(direct_down_kernel, grid, arguments, constants)
 
     def gate_up(self, order: ExpertOrder, hidden: Tensor) -> Launch:
@@ -234,7 +233,7 @@ class Call:
         """Outputs by slot -> their weighted sum (M, H), or their weighted terms (M, K, H)."""
         config = self.config
         num_rows, top_k = self.ids.shape
-        columns = triton.next_power_of_2(config.hidden_size)
+        columns = next_power_of_2(config.hidden_size)
         if config.post_norm is None:
             columns = min(columns, COMBINE_COLUMNS)
         arguments = (
@@ -256,7 +255,7 @@ class Call:
             "INTERPRET": self.device.is_interpreter,
             "num_warps": min(16, max(4, columns // 256)),
         }
-        grid = (num_rows, triton.cdiv(config.hidden_size, columns))
+        grid = (num_rows, cdiv(config.hidden_size, columns))
         return Launch(combine_kernel, grid, arguments, constants)
 
     def first_weights(self) -> tuple[Tensor, Tensor | None]:
@@ -299,7 +298,7 @@ class Call:
 
     def grid(self, blocks: Blocks, order: ExpertOrder, num_columns: int) -> tuple[int]:
         """Programs for every tile that there may be; those of tiles that there are not end."""
-        items = order.tiles.shape[0] * triton.cdiv(num_columns, blocks.columns)
+        items = order.tiles.shape[0] * cdiv(num_columns, blocks.columns)
         return (min(items, self.device.num_processors) if blocks.is_persistent else items,)
 
     def gate_up_constants(self, weight: Tensor, up: Tensor | None) -> dict[str, Any]:

@@ -25,3 +25,13 @@ class Launch:
     def run(self) -> None:
         """Launch on the current device and stream."""
         self.kernel[self.grid](*self.arguments, **self.constants)
+
+
+def cdiv(size: int, part: int) -> int:
+    """Parts that hold `size`. Triton's own is a kernel's function, and takes 10 us on the host."""
+    return -(-size // part)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least `number`, which is positive."""
+    return 1 << (number - 1).bit_length()

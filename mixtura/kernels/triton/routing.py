@@ -59,7 +59,7 @@ from mixtura.kernels.triton.choice import (
     route_and_place,
     route_blocks,
 )
-from mixtura.kernels.triton.launch import Launch
+from mixtura.kernels.triton.launch import Launch, cdiv, next_power_of_2
 from mixtura.kernels.triton.regimes import tiling_for
 from mixtura.types import Bypass, Routing, Tiling
 
@@ -318,7 +318,7 @@ class TritonRouting:
             constants = one_sizes(rule, num_tokens, tiling)
             return [Launch(route_and_place, (1,), (*tensors, *made.order, *sizes), constants)]
         block = block_tokens(num_tokens, rule.num_slots)
-        num_blocks = triton.cdiv(num_tokens, block)
+        num_blocks = cdiv(num_tokens, block)
         shape = (num_blocks, rule.num_placed)
         counts = empty(logits, "slots per block and expert", shape, torch.int32)
         constants = block_sizes(rule, block, counts=True)
@@ -344,12 +344,12 @@ def _takes(learned: Tensor | None, logits: Tensor, size: int) -> bool:
 
 
 def _row_sizes(rule: Rule) -> dict[str, int]:
-    group = triton.next_power_of_2(rule.num_choices // rule.num_groups)
-    groups = triton.next_power_of_2(rule.num_groups)
+    group = next_power_of_2(rule.num_choices // rule.num_groups)
+    groups = next_power_of_2(rule.num_groups)
     return {
         "BLOCK_G": groups,
         "BLOCK_S": max(group, 16 // groups),
-        "BLOCK_K": triton.next_power_of_2(rule.num_slots),
+        "BLOCK_K": next_power_of_2(rule.num_slots),
         "BLOCK_L": experts_room(rule.num_placed),
     }
 
@@ -393,7 +393,7 @@ def block_sizes(rule: Rule, block: int, *, counts: bool) -> dict[str, Any]:
 def block_tokens(num_tokens: int, num_slots: int) -> int:
     """Tokens of a block, a power of two, where there are `num_tokens` in all."""
     wanted = next((size for limit, size in BLOCK_TOKENS if num_tokens <= limit), MAX_BLOCK_TOKENS)
-    fits: int = triton.next_power_of_2(MAX_BLOCK_SLOTS // num_slots + 1) // 2
+    fits: int = next_power_of_2(MAX_BLOCK_SLOTS // num_slots + 1) // 2
     return min(wanted, fits)
 
 
