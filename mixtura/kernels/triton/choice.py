@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from mixtura.kernels.triton.align import count_block, place_all
+from mixtura.kernels.triton.steps import tanh
 
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS, LOGIT = (tl.constexpr(number) for number in range(4))
 NORM_SUM, NORM_CLAMPED, NORM_P = (tl.constexpr(number) for number in range(1, 4))
@@ -84,24 +85,12 @@ def _row_sums(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    """Within two units in the last place; the polynomial is that of Cephes' tanhf."""
-    z = x * x
-    p = -5.70498872745e-3 * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, p * z * x + x, tl.where(x < 0, -far, far))
-
-
-@triton.jit
 def _transformed(x, RULE: tl.constexpr):
     """`cap * tanh(m * x / cap)`."""
     if RULE.multiplier != 1.0:
         x = x * RULE.multiplier
     if RULE.softcap > 0.0:
-        x = _tanh(x / RULE.softcap) * RULE.softcap
+        x = tanh(x / RULE.softcap) * RULE.softcap
     return x
 
 

@@ -104,10 +104,14 @@ def multiply_add(rows, weights, total, SWAP_AB: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, to a few units in the last place; by its series near 0."""
-    square = x * x
-    near = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    return tl.where(tl.abs(x) < 0.1, near, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+    """Within two units in the last place; the polynomial is that of Cephes' tanhf."""
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, p * z * x + x, tl.where(x < 0, -far, far))
 
 
 @triton.jit
