@@ -38,7 +38,7 @@ from mixtura.kernels.triton import routing as triton_routing
 from mixtura.kernels.triton.regimes import tiling_for
 from mixtura.kernels.triton.routing import TritonRouting
 from mixtura.routing import Router, RouterTensors, create_router, routers
-from mixtura.routing.gate import GatePlan
+from mixtura.routing.gate import Choice, GatePlan
 from mixtura.types import Bypass, ExpertBatch, Routing, TokenInputs
 
 pytestmark = pytest.mark.filterwarnings(
@@ -376,6 +376,36 @@ def test_graphs_know_the_rule_by_its_text(name: str) -> None:
     kernel = TritonRouting.for_rule(COVERED[name])
     assert kernel is not None
     assert triton_routing._routing_of(kernel.text) == kernel
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_a_hook_makes_of_a_choice_counts(
+    kernels_on_cpu: None, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    """What was made along with the choice, routing and order, is of the choice before the hook."""
+    config = RoutingConfig(num_experts=6, top_k=2, renormalize=Renormalize.SUM)
+    layer = layer_of(config)
+    seen: list[Routing] = []
+    finish = layer.finish_routing
+
+    def seeing(*given: Any) -> Routing:
+        seen.append(finish(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(layer, "finish_routing", seeing)
+    rows = torch.randn(9, 8, device=DEVICE)
+
+    def to_the_last(_: Any, __: Any, choice: Choice) -> Choice | None:
+        if in_place:
+            choice.ids.fill_(5)
+            return None
+        return choice._replace(ids=torch.full_like(choice.ids, 5))
+
+    layer.gate.register_forward_hook(to_the_last)
+    with torch.no_grad():
+        layer.route(rows, TokenInputs())
+    (routing,) = seen
+    assert (routing.topk_ids == 5).all() and routing.order is None
 
 
 @pytest.mark.parametrize("name", ["v3", "identity-experts"])

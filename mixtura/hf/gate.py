@@ -12,7 +12,7 @@ from mixtura.config import GatePrecision
 from mixtura.cuda import cannot_capture, is_capturing
 from mixtura.hf.adopt import get_attribute
 from mixtura.routing import RouterTensors
-from mixtura.routing.gate import Choice, GatePlan
+from mixtura.routing.gate import Choice, GatePlan, open_to_hooks
 from mixtura.types import TokenInputs
 
 
@@ -43,7 +43,7 @@ class FamilyGate(nn.Module):
             self.router_tensors(selection_bias),
             tokens or TokenInputs(),
         )
-        return self.to_family(choice)
+        return self.to_family(open_to_hooks(self, choice))
 
     def router_tensors(self, selection_bias: Tensor | None = None) -> RouterTensors:
         """What the router has learned; a family's block may hand in the selection bias."""

@@ -90,6 +90,11 @@ class Choice(NamedTuple):
     routing: Routing | None = None
 
 
+def open_to_hooks(gate: nn.Module, choice: Choice) -> Choice:
+    """The choice alone where a forward hook may change it: all else is made of what that leaves."""
+    return choice._replace(routing=None) if gate._forward_hooks else choice
+
+
 @dataclass(frozen=True, slots=True)
 class GatePlan:
     """How hidden states are scored and experts chosen; everything of a gate that holds no
@@ -240,6 +245,7 @@ class Gate(nn.Module):
 
     def forward(self, hidden_states: Tensor, tokens: TokenInputs | None = None) -> Choice:
         """Choose experts for (T,H) rows."""
-        return self.plan.choose(
+        choice = self.plan.choose(
             hidden_states, self.weight, self.bias, self.tensors(), tokens or TokenInputs()
         )
+        return open_to_hooks(self, choice)
