@@ -451,24 +451,34 @@ def test_a_slot_without_expert_weighs_nothing(num_rows: int, reduce: bool) -> No
 
 
 def test_an_id_behind_the_last_expert_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even unsorted, where ids index the weights: behind them is NaN, and is not seen."""
+    """Not even unsorted, where ids index the weights: what is behind them comes to nothing."""
+    buffers: dict[str, Tensor] = {}
+    empty = experts.Call.empty
+
+    def kept(self: experts.Call, name: str, *shape: int, dtype: Any = None) -> Tensor:
+        buffers[name] = empty(self, name, *shape, dtype=dtype)
+        return buffers[name]
+
+    monkeypatch.setattr(experts.Call, "empty", kept)
     weights = on_device(random_weights(sizes(), FINEST))
 
-    def followed(stack: Tensor) -> Tensor:
+    def followed(stack: Tensor, behind: float) -> Tensor:
         count = stack.shape[0]
-        memory = stack.new_full((count + 1, *stack.shape[1:]), float("nan"))
+        memory = stack.new_full((count + 1, *stack.shape[1:]), behind)
         memory[:count] = stack
         return memory[:count]
 
     there = dataclasses.replace(
         weights,
-        gate_up_proj=dense(followed(weights.gate_up_proj.values)),
-        down_proj=dense(followed(weights.down_proj.values)),
+        gate_up_proj=dense(followed(weights.gate_up_proj.values, 1.0)),
+        down_proj=dense(followed(weights.down_proj.values, float("nan"))),
     )
     batch = random_batch(sizes(), 1, 2, FINEST, absent=0.0)
     ids = torch.tensor([[sizes().num_experts, 1]], dtype=torch.int32, device=DEVICE)
     moved = ExpertBatch(batch.hidden_states.to(DEVICE), ids, batch.topk_weights.to(DEVICE))
     assert KERNEL.run(there, moved).isfinite().all()
+    without, with_one = buffers["hidden rows"].isnan().all(1).tolist()
+    assert without and not with_one  # buffers are NaN where nobody wrote
 
 
 def test_regimes_look_at_the_experts_that_are_here() -> None:
