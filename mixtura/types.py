@@ -200,6 +200,10 @@ class ExpertWeights:
         post_norm: (H,) or None.
         gate_up_inputs, down_inputs: how the rows of gate and up, and of down, are rounded with
             stored scales (L,); None: as the kernel does.
+        activations: what the checkpoint means rows to be rounded to with scales found while
+            running; None: nothing. In the weights that `StoredWeightsKernel.pack` returns, what is
+            done. It is of the rows that quantized matrices multiply, and of those among them that
+            no stored scale is for.
     """
 
     config: ExpertsConfig
@@ -211,6 +215,7 @@ class ExpertWeights:
     post_norm: Tensor | None = None
     gate_up_inputs: StaticInputs | None = None
     down_inputs: StaticInputs | None = None
+    activations: ActivationScheme | None = None
 
     def __post_init__(self) -> None:
         c = self.config
@@ -357,6 +362,9 @@ class ExpertsProblem:
         is_deterministic: a row's result may not depend on the batch around it.
         activation_dtype: the arithmetic with quantized weights; None leaves it to the kernel.
         roundings: what rows are to be rounded to with the scales in the weights, each scheme once.
+        activations: what the checkpoint means them to be rounded to with scales found while
+            running; None: nothing. Where an arithmetic is asked for, `activations_for` has the
+            last word.
     """
 
     experts: ExpertsConfig
@@ -368,6 +376,7 @@ class ExpertsProblem:
     is_deterministic: bool = False
     activation_dtype: ActivationDtype | None = None
     roundings: tuple[ActivationScheme, ...] = ()
+    activations: ActivationScheme | None = None
 
     @property
     def is_dense(self) -> bool:

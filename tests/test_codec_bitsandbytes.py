@@ -271,6 +271,7 @@ def test_int8_rows() -> None:
     check_round_trip(many, None)
     activations = Int8Format().activations
     assert activations is not None and activations.per is ActivationGroup.TOKEN
+    assert not activations.is_found_running  # not the outliers
 
 
 def test_our_own_int8_can_be_written() -> None:

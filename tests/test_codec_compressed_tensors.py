@@ -38,7 +38,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.compressed_tensors import CompressedTensors
 from mixtura.quant.codecs.contract import Decoded, Header
 from mixtura.quant.matrix import dequantize
@@ -47,6 +47,7 @@ from mixtura.quant.scheme import Code, GlobalScale, ZeroPoint
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP
+POWERS = ActivationExtra.POWER_SCALES
 FP8_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 FP8_STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
@@ -450,6 +451,8 @@ def test_activations() -> None:
     mx = {"weight_packed": bytes_of(3, 16), "weight_scale": e8m0_codes(3, 1)}
     found = scheme_of(MX4, {**MX4, "dynamic": True}, mx)
     assert found == ActivationScheme(Code.E2M1, 4, GROUP, 32)
+    found = scheme_of(MX4, {**MX4, "dynamic": True, "scale_dtype": "torch.uint8"}, mx)
+    assert found == ActivationScheme(Code.E2M1, 4, GROUP, 32, extra=POWERS)
 
 
 def test_input_scales_that_are_missing_or_superfluous() -> None:
@@ -668,12 +671,12 @@ PRESETS = {
     "FP8_BLOCK": (8, (128, 128), ActivationScheme(Code.E4M3, 8, GROUP, 128)),
     "NVFP4": (4, (1, 16), ActivationScheme(Code.E2M1, 4, GROUP, 16, is_static=True)),
     "NVFP4A16": (4, (1, 16), None),
-    "MXFP4": (4, (1, 32), ActivationScheme(Code.E2M1, 4, GROUP, 32)),
+    "MXFP4": (4, (1, 32), ActivationScheme(Code.E2M1, 4, GROUP, 32, extra=POWERS)),
     "MXFP4A16": (4, (1, 32), None),
     "MXFP4XFP8": (4, (1, 32), ActivationScheme(Code.E4M3, 8, GROUP, 128)),
     "MXFP6A16": (6, (1, 32), None),
-    "MXFP6A8": (6, (1, 32), ActivationScheme(Code.E4M3, 8, GROUP, 32)),
-    "MXFP8": (8, (1, 32), ActivationScheme(Code.E4M3, 8, GROUP, 32)),
+    "MXFP6A8": (6, (1, 32), ActivationScheme(Code.E4M3, 8, GROUP, 32, extra=POWERS)),
+    "MXFP8": (8, (1, 32), ActivationScheme(Code.E4M3, 8, GROUP, 32, extra=POWERS)),
     "MXFP8A16": (8, (1, 32), None),
 }
 

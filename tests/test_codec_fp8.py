@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.contract import Decoded, Header
 from mixtura.quant.codecs.fp8 import Fp8
 from mixtura.quant.matrix import dequantize
@@ -42,6 +42,7 @@ from mixtura.quant.scheme import Code
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP
+POWERS = ActivationExtra.POWER_SCALES
 
 
 def codec(method: str = "fp8", **config: Any) -> Fp8:
@@ -75,7 +76,7 @@ def test_experts_of_deepseek_v4() -> None:
     decoded = assert_written_back(BLOCK, parts)
     assert dequantize(decoded.matrix)[0, :2].tolist() == [-0.375, 0.25]
     activations = format_of(BLOCK, parts).activations
-    assert activations == ActivationScheme(Code.E4M3, 8, GROUP, 128)
+    assert activations == ActivationScheme(Code.E4M3, 8, GROUP, 128, extra=POWERS)
 
 
 def test_w4afp8_bytes_of_the_notes() -> None:

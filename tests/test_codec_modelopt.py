@@ -29,7 +29,7 @@ from codec_files import (
 )
 
 from mixtura.errors import CheckpointError, ConfigError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.contract import Decoded, Header
 from mixtura.quant.codecs.modelopt import ModelOpt
 from mixtura.quant.matrix import dequantize
@@ -38,8 +38,10 @@ from mixtura.quant.scheme import Code, GlobalScale
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP
+POWERS = ActivationExtra.POWER_SCALES
 NVFP4_INPUTS = ActivationScheme(Code.E2M1, 4, GROUP, 16, is_static=True)
 FP8_INPUTS = ActivationScheme(Code.E4M3, 8, TENSOR, is_static=True)
+MXFP8_INPUTS = ActivationScheme(Code.E4M3, 8, GROUP, 32, extra=POWERS)
 
 
 def codec(algorithm: str, **config: Any) -> ModelOpt:
@@ -169,7 +171,7 @@ def test_activations() -> None:
         ("FP8", fp8(), FP8_INPUTS),
         ("FP8_PER_CHANNEL_PER_TOKEN", rows, ActivationScheme(Code.E4M3, 8, TOKEN)),
         ("FP8_PB_WO", blocks, None),
-        ("MXFP8", mx8, ActivationScheme(Code.E4M3, 8, GROUP, 32)),
+        ("MXFP8", mx8, MXFP8_INPUTS),
         ("MXFP4", mx, None),
         ("W4A8_MXFP4_FP8", mx, FP8_INPUTS),
     ]
@@ -337,7 +339,7 @@ def test_algorithms_that_are_not_named() -> None:
         }
 
     for config, parts, activations in [
-        ({"quant_method": "mxfp8"}, VALID["MXFP8"](), ActivationScheme(Code.E4M3, 8, GROUP, 32)),
+        ({"quant_method": "mxfp8"}, VALID["MXFP8"](), MXFP8_INPUTS),
         ({"quant_method": "modelopt_fp4"}, nvfp4(), NVFP4_INPUTS),
         ({"config_groups": groups(num_bits=4, group_size=16)}, nvfp4(), NVFP4_INPUTS),
         ({"config_groups": groups(num_bits=8)}, fp8(), FP8_INPUTS),

@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.contract import Decoded, Header
 from mixtura.quant.codecs.quark import Quark
 from mixtura.quant.matrix import dequantize
@@ -46,6 +46,7 @@ from mixtura.quant.scheme import Code, GlobalScale, ZeroPoint
 
 INF, NAN = float("inf"), float("nan")
 TOKEN, TENSOR, GROUP = ActivationGroup.TOKEN, ActivationGroup.TENSOR, ActivationGroup.GROUP
+POWERS = ActivationExtra.POWER_SCALES
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -298,6 +299,7 @@ def test_uint4_has_zero_points_unless_the_configuration_says_otherwise() -> None
 def test_activations() -> None:
     fp8 = {"weight": floats8(4, 32), "weight_scale": torch.tensor(1.0)}
     mx = {"weight": bytes_of(4, 16), "weight_scale": e8m0_codes(4, 1)}
+    mxfp4_inputs = ActivationScheme(Code.E2M1, 4, GROUP, 32, extra=POWERS)
     expected = [
         (FP8, None, fp8, None),
         (FP8, FP8, fp8, ActivationScheme(Code.E4M3, 8, TENSOR, is_static=True)),
@@ -308,7 +310,7 @@ def test_activations() -> None:
             fp8,
             ActivationScheme(Code.E4M3, 8, TOKEN),
         ),
-        (MXFP4, {**MXFP4, "is_dynamic": True}, mx, ActivationScheme(Code.E2M1, 4, GROUP, 32)),
+        (MXFP4, {**MXFP4, "is_dynamic": True}, mx, mxfp4_inputs),
         (MXFP4, FP8, mx, ActivationScheme(Code.E4M3, 8, TENSOR, is_static=True)),
         (FP8, {**INT8, "symmetric": False}, fp8, None),
     ]

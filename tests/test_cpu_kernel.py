@@ -1282,7 +1282,7 @@ def test_activations_are_rounded_to_what_is_asked_for():
     batch = random_batch(sizes(4, 256, 128), 40)
     truth = truth_of(experts_with(WeightFormat.INT4_G32, None).expert_weights, batch)[0]
     errors = {}
-    for asked in (None, *ActivationDtype):
+    for asked in (None, *CpuKernel.activation_dtypes):
         experts = experts_with(WeightFormat.INT4_G32, asked)
         decision = experts.decide(experts.problem(torch.float32, needs_grad=False))
         name = (asked or ActivationDtype.INT8).value
@@ -1294,13 +1294,25 @@ def test_activations_are_rounded_to_what_is_asked_for():
     assert errors[None] == errors[ActivationDtype.INT8] > 2 * errors[ActivationDtype.BF16]
 
 
-def test_an_arithmetic_that_no_kernel_has_is_refused():
-    experts = experts_with(WeightFormat.FP8, ActivationDtype.INT8)
-    with pytest.raises(NoKernelFits) as caught:
-        experts.run_batch(random_batch(sizes(4, 256, 128), 2))
-    text = str(caught.value)
-    assert "cpu: multiplies int8 activations with integers and e2m1 codes, not with e4m3" in text
-    assert "torch: has no int8 activations" in text
+@pytest.mark.parametrize(
+    ("weight_format", "asked", "reason"),
+    [
+        (
+            WeightFormat.FP8,
+            ActivationDtype.INT8,
+            "multiplies int8 activations with integers and e2m1 codes, not with e4m3",
+        ),
+        (WeightFormat.INT4_G32, ActivationDtype.FP8, "has no fp8 activations"),
+    ],
+)
+def test_an_arithmetic_that_the_cpu_has_not_runs_in_torch(weight_format, asked, reason):
+    experts = experts_with(weight_format, asked)
+    problem = experts.problem(torch.float32, needs_grad=False)
+    decision = experts.decide(problem)
+    assert decision.kernel.name == "torch" and decision.is_fallback
+    assert [r.reason for r in decision.rejections if r.kernel == "cpu"] == [reason]
+    with pytest.raises(NoKernelFits, match=f"cpu: {reason}"):
+        select_kernel(problem, kernel="cpu", strict=True)
 
 
 def test_weights_packed_for_bf16_do_not_run_where_there_is_none():

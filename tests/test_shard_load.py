@@ -65,6 +65,7 @@ def assert_is_part(
             assert module.spread.ranks is ranks
             expected = shard_weights(everything[name].expert_weights, module.spread)
             assert module.expert_weights.config == expected.config
+            assert module.expert_weights.activations == expected.activations
             for found, wanted in zip(
                 module.expert_weights.tensors(), expected.tensors(), strict=True
             ):
@@ -107,16 +108,16 @@ def test_one_rank_of_the_new_way_is_the_old_way(dense):
         assert torch.equal(module.expert_weights.down_proj.values, stock.down_proj)
 
 
-@pytest.mark.parametrize("weights", some(["int4"], ["mxfp4", "bf16"]))
+@pytest.mark.parametrize("weights", some(["int4", "fp8"], ["mxfp4", "bf16"]))
 def test_dense_experts_are_quantized_as_they_come(weights, dense):
     formats = LoadFormats.parse(weights, "int8")
     assert_is_part(dense, ParallelConfig(ep_size=2), formats)
     old = experts_of(load_stock(dense, formats))
     new = experts_of(load_part(dense, ranks_of(0, ParallelConfig()), formats))
     for name, module in new.items():
-        pairs = zip(
-            module.expert_weights.tensors(), old[name].expert_weights.tensors(), strict=True
-        )
+        weights, expected = module.expert_weights, old[name].expert_weights
+        assert weights.activations == expected.activations
+        pairs = zip(weights.tensors(), expected.tensors(), strict=True)
         assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in pairs)
 
 

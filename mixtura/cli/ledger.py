@@ -117,8 +117,8 @@ def _findings(ledger: WeightLedger) -> list[str]:
     if asked:
         found.append(
             f"note: the files ask for {'; '.join(asked)} activations; stored scales of int8 and "
-            f"e4m3 are used, others run as the kernel has them, in bf16 or int8 found while "
-            f"running: see mixtura explain"
+            f"e4m3 are used, others run as the kernel has them, as they come or with scales that "
+            f"it finds while running: see mixtura explain"
         )
     return found
 

@@ -25,12 +25,14 @@ class ActivationFunction(Choice):
 class ActivationDtype(Choice):
     """The arithmetic of products with quantized weights: what the activations are rounded to.
 
-    INT8 has a scale for each row and group of columns, or the checkpoint's; BF16 is nearer to the
-    truth and slower, and leaves a checkpoint's scales unused. A processor without products of bf16
-    takes fp32 in its place, and the torch kernel the dtype of the rows.
+    INT8 has a scale for each row, or for each of its groups of columns, or the checkpoint's. So has
+    FP8, with e4m3 codes. BF16 is nearer to the truth and slower, and leaves a checkpoint's scales
+    unused. A processor without products of bf16 takes fp32 in its place, and the torch kernel the
+    dtype of the rows.
     """
 
     INT8 = "int8"
+    FP8 = "fp8"
     BF16 = "bf16"
 
 

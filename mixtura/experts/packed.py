@@ -154,6 +154,7 @@ class PackedExperts(nn.Module):
             is_deterministic=self.options.deterministic,
             activation_dtype=self.options.activation_dtype,
             roundings=roundings,
+            activations=None if self.given is None else self.given.activations,
         )
 
     def decide(self, problem: ExpertsProblem) -> KernelDecision:

@@ -95,8 +95,9 @@ def convert(
             whole, or where the preferred kernel cannot run.
         gate: of blocks taken over whole, "fp32", or "native" for each family's own arithmetic.
         deterministic: bitwise the same row whatever else is in the batch.
-        activation_dtype: "int8" or "bf16", the arithmetic with quantized experts and packed linear
-            layers; None leaves it to the checkpoint's activation scales, and else to the kernel.
+        activation_dtype: "int8", "fp8" or "bf16", the arithmetic with quantized experts and packed
+            linear layers; None leaves it to the checkpoint's activation scales, and else to the
+            kernel.
         debug: check logits and ids on every call.
         running: see `Running`. With `parallel` every rank keeps its part of the experts and lets
             go of the rest, which it had in memory until then: `from_pretrained` reads only the

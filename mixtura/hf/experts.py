@@ -184,6 +184,7 @@ class ExpertsPlan:
             is_deterministic=self.options.deterministic,
             activation_dtype=self.options.activation_dtype,
             roundings=weights.roundings(self.options.activation_dtype),
+            activations=weights.activations,
         )
 
     def decide(self, device: str | None = None) -> KernelDecision:

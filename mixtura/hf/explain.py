@@ -250,7 +250,10 @@ class _Reader:
         packed = None if self.load is None else self.load.experts.get(name)
         if self.load is not None and packed is not None:
             config, matrices = self.load.reader.matrices(packed, self.model.dtype)
-            weights = _with_matrices(plan, config, matrices, self.load.reader.inputs(packed))
+            weights = replace(
+                _with_matrices(plan, config, matrices, self.load.reader.inputs(packed)),
+                activations=self.load.reader.activations(packed),
+            )
             num_bytes, words_of_format = weights.num_bytes, formats_in_words(matrices)
             plan = replace(plan, config=config, given=weights, row_dtype=self.model.dtype)
         elif self.format is not None:
@@ -285,7 +288,7 @@ class _Reader:
             rejections=decision.rejections,
             is_fallback=decision.is_fallback,
             asked=None if self.load is None else self.load.ledger.asked(name),
-            rounds_as_asked=bool(decision.problem.roundings),
+            rounds_as_asked=decision.kernel.rounds_as_meant(decision.problem),
             num_bytes=num_bytes,
             bytes_per_token=(
                 norm + per_expert * min(top_k, config.num_experts) if top_k is not None else None
@@ -335,6 +338,7 @@ def _in_format(weights: ExpertWeights, format: WeightFormat) -> ExpertWeights:
         gate_up_proj=convert(weights.gate_up_proj),
         down_proj=convert(weights.down_proj),
         up_proj=None if weights.up_proj is None else convert(weights.up_proj),
+        activations=format.activations,
     )
 
 

@@ -29,7 +29,7 @@ class ExpertsExplanation:
         kernel_path: how that kernel runs them on this machine, where it has a choice.
         is_fallback: a kernel that is preferred on this device cannot run them.
         asked: what the files ask activations to be rounded to, in words, whatever the kernel does.
-        rounds_as_asked: whether they run so, with the scales in the files.
+        rounds_as_asked: whether they run so, with the scales in the files or found as they mean it.
         num_bytes: of the experts' weights.
         bytes_per_token: weights that a token reads at most: K experts and, where the whole block is
             ours, gate and shared experts; None where K is not known.

@@ -19,7 +19,7 @@ from mixtura.errors import GradientUnsupported, InputError, UnsupportedModel
 from mixtura.hf.adopt import adopt_class, offloads
 from mixtura.kernels.cpu.linear import CpuLinear, cannot_pack, pack_linear
 from mixtura.kernels.cpu.panels import ROW_DTYPES
-from mixtura.quant.activations import StaticInputs, round_activations
+from mixtura.quant.activations import StaticInputs, activations_for, round_activations
 from mixtura.quant.matrix import QuantizedMatrix, dequantize
 from mixtura.quant.scheme import QuantScheme
 
@@ -47,8 +47,10 @@ class PackedLinear(nn.Module):
 
     On a CPU the matrix is laid out for the C++ kernel at the first call, and that is the only copy;
     elsewhere it is made dense for every call. The bias stays a parameter. `weight` is the dense
-    matrix, made when it is asked for. Rows are rounded first where a stored scale says so. There
-    are no gradients, neither of the weight nor through it, and no state_dict.
+    matrix, made when it is asked for. Rows are rounded first where a stored scale says so, or
+    `activation_dtype`: with scales found from them then, for a row, or for its groups of 128
+    columns beside a weight in blocks of 128x128. There are no gradients, neither of the weight nor
+    through it, and no state_dict.
     """
 
     given: QuantizedMatrix | None
@@ -90,17 +92,27 @@ class PackedLinear(nn.Module):
                 f"rows ({tuple(rows.shape)} on {rows.device}) must be (..., {shape[1]}) on "
                 f"{device}; got others. Check the width, and move the model or the input."
             )
-        if packed is None or rows.dtype not in ROW_DTYPES:
-            out = F.linear(self._rounded(rows), dequantize(self.matrix, rows.dtype))
-        else:
+        is_packed = packed is not None and rows.dtype in ROW_DTYPES
+        rows = self._rounded(rows, is_packed)
+        if packed is not None and is_packed:
             out = packed(rows)
+        else:
+            out = F.linear(rows, dequantize(self.matrix, rows.dtype))
         return out if bias is None else out + bias.to(out.dtype)
 
-    def _rounded(self, rows: Tensor) -> Tensor:
-        """Rows as they are multiplied; the C++ kernel does it by itself."""
-        if self.inputs is None or not self.inputs.scheme.holds_with(self.activation_dtype):
+    def _rounded(self, rows: Tensor, is_packed: bool) -> Tensor:
+        """Rows as they are multiplied.
+
+        The C++ kernel rounds with stored scales, and to int8, by itself; it multiplies in bf16 what
+        is rounded to e4m3 here.
+        """
+        asked, inputs = self.activation_dtype, self.inputs
+        if inputs is not None and inputs.scheme.holds_with(asked):
+            return rows if is_packed else round_activations(rows, inputs.scheme, inputs.scales)
+        if asked is None or (is_packed and asked is not ActivationDtype.FP8):
             return rows
-        return round_activations(rows, self.inputs.scheme, self.inputs.scales)
+        found = activations_for(asked, None, [self._scheme])
+        return rows if found is None else round_activations(rows, found)
 
     def _packed(self) -> CpuLinear | None:
         """The matrix in the C++ kernel's layout, packed at the first call; None where it cannot."""

@@ -33,7 +33,7 @@ from mixtura.hf.experts import AdoptedExperts, ExpertsPlan
 from mixtura.hf.linears import adopt_linear, find_linears
 from mixtura.hf.mapped import MappedFiles
 from mixtura.plugin import NAME
-from mixtura.quant.activations import StaticInputs
+from mixtura.quant.activations import ActivationScheme, StaticInputs
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.quantize import quantize
@@ -201,6 +201,7 @@ def adopt_experts(
     matrices: Mapping[str, QuantizedMatrix],
     row_dtype: torch.dtype,
     inputs: Mapping[str, StaticInputs] | None = None,
+    activations: ActivationScheme | None = None,
 ) -> None:
     """Make an experts module ours, with matrices instead of its parameters, which go.
 
@@ -209,6 +210,7 @@ def adopt_experts(
         matrices: (L, N, K) stacks by role, as `ExpertWeights` has them.
         row_dtype: the dtype of the model.
         inputs: what rows are rounded to, by the field of `ExpertWeights`.
+        activations: what they are to be rounded to with scales found while running.
 
     Raises:
         ConfigError: a matrix is missing, or does not fit the experts' configuration.
@@ -218,7 +220,8 @@ def adopt_experts(
         for role, stored in plan.storage.items()
         if role not in MATRICES
     }
-    given = ExpertWeights(plan.config, **matrices, **parts, **(inputs or {}))  # type: ignore[arg-type]
+    fields: dict[str, Any] = {**matrices, **parts, **(inputs or {})}
+    given = ExpertWeights(plan.config, **fields, activations=activations)
     plan.with_given(given, row_dtype).adopt(AdoptedExperts)
 
 
@@ -277,7 +280,9 @@ class Stream:
                 self._fill_late(model, slot, frees=self.plan.packs_experts)
             if self.plan.packs_experts:
                 matrices = {r: s.matrix for r, s in slots.items() if s.matrix is not None}
-                adopt_experts(plan, matrices, model.dtype)
+                assert self.plan.formats.weights is not None
+                activations = self.plan.formats.weights.activations
+                adopt_experts(plan, matrices, model.dtype, activations=activations)
             else:
                 replace(plan, row_dtype=model.dtype).adopt(AdoptedExperts)
         head = model.get_output_embeddings()

@@ -198,8 +198,9 @@ class PackedLoad:
         plan = replace(packed.plan, module=model.get_submodule(packed.path))
         if packed.spread is None:
             config, matrices = self.reader.matrices(packed, model.dtype)
-            inputs = self.reader.inputs(packed)
-            adopt_experts(replace(plan, config=config), matrices, model.dtype, inputs)
+            inputs, activations = self.reader.inputs(packed), self.reader.activations(packed)
+            plan = replace(plan, config=config)
+            adopt_experts(plan, matrices, model.dtype, inputs, activations)
         else:
             weights = self.reader.local_weights(packed, plan.module, model.dtype)
             plan = plan.with_given(weights, model.dtype)

@@ -92,9 +92,11 @@ class MatrixReader:
         assert spread is not None
         experts = local_experts(spread)
         config, matrices = packed.plan.config, dict[str, QuantizedMatrix]()
-        inputs = self.inputs(packed)
+        inputs, activations = self.inputs(packed), self.activations(packed)
         if packed.slots:
             config, matrices = self.matrices(packed, dtype)
+        elif self.format is not None:
+            activations = self.format.activations
         source = LocalSource(self.checkpoint, self.places, self.sources)
         parts = {}
         for role, stored in packed.plan.storage.items():
@@ -108,7 +110,8 @@ class MatrixReader:
                 else:
                     parts[role] = tensor.to(dtype)
         config = replace(config, num_experts=len(experts))
-        weights = ExpertWeights(config, **matrices, **parts, **inputs)  # type: ignore[arg-type]
+        fields: dict[str, Any] = {**matrices, **parts, **inputs}
+        weights = ExpertWeights(config, **fields, activations=activations)
         return cut_weights(weights, spread.ranks.tp_rank, spread.ranks.config.tp_size)
 
     def linear_matrix(self, name: str) -> QuantizedMatrix:
@@ -146,6 +149,17 @@ class MatrixReader:
                 local = packed.local
                 found[field] = StaticInputs(scheme, whole if local is None else whole[[*local]])
         return found
+
+    def activations(self, packed: PackedModule) -> ActivationScheme | None:
+        """What the experts' inputs are to be rounded to with scales found while running.
+
+        None unless the files ask the same of every matrix, each of them packed.
+        """
+        names = [name for slots in packed.slots.values() for name in slots.all_names()]
+        stored = [self.checkpoint.packed.get(name) for name in names]
+        asked = {None if one is None else one.format.activations for one in stored}
+        scheme = asked.pop() if len(asked) == 1 else None
+        return scheme if scheme is not None and scheme.is_found_running else None
 
     def _rounding(self, names: list[str]) -> ActivationScheme | None:
         """What the input of matrices is rounded to; None where no scale of it is stored."""

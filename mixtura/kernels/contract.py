@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
-from mixtura.quant.activations import ActivationScheme
-from mixtura.quant.scheme import Code
+from mixtura.quant.activations import ActivationScheme, activations_for
+from mixtura.quant.scheme import Code, QuantScheme
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 STATIC_CODES = (Code.INT, Code.E4M3)
@@ -84,6 +86,24 @@ class ExpertsKernel(ABC):
         """
         return None
 
+    def activations(
+        self,
+        asked: ActivationDtype | None,
+        meant: ActivationScheme | None,
+        schemes: Sequence[QuantScheme],
+    ) -> ActivationScheme | None:
+        """What it rounds rows to, just as `quantize_activations` does; see `activations_for`.
+
+        None: rows as they come, or an arithmetic of its own.
+        """
+        return None
+
+    def rounds_as_meant(self, problem: ExpertsProblem) -> bool:
+        """Whether it rounds rows as the checkpoint means, with scales stored or found."""
+        meant, asked = problem.activations, problem.activation_dtype
+        found = self.activations(asked, meant, problem.schemes)
+        return bool(problem.roundings) or (found is not None and found == meant)
+
     def how(self, problem: ExpertsProblem) -> str | None:
         """How it runs the problem on this machine, in a few words, where there is a choice."""
         return None
@@ -106,8 +126,8 @@ class ExpertsKernel(ABC):
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
         """The inverse of `pack`, bit for bit.
 
-        A kernel that shares memory is never asked for it between calls, and may have left out the
-        inputs' scales that its arithmetic has no use for.
+        A kernel that shares memory is never asked for it between calls, and may have left out what
+        its arithmetic has no use for: inputs' scales, and roundings that are meant.
         """
 
     def slots(self, packed: Any) -> dict[str, Tensor] | None:
@@ -140,14 +160,32 @@ class ExpertsKernel(ABC):
 
 
 class StoredWeightsKernel(ExpertsKernel):
-    """A kernel that reads the weights where they are stored: nothing is copied or freed."""
+    """A kernel that reads the weights where they are stored: nothing is copied or freed.
+
+    Rows are rounded with scales found while running where that is asked for, and come as they are
+    where the checkpoint alone means it. `activations` of the packed weights is what is done.
+    """
 
     shares_memory: ClassVar[bool] = True
+
+    def activations(
+        self,
+        asked: ActivationDtype | None,
+        meant: ActivationScheme | None,
+        schemes: Sequence[QuantScheme],
+    ) -> ActivationScheme | None:
+        return None if asked is None else activations_for(asked, meant, schemes)
 
     def pack(
         self, weights: ExpertWeights, activation_dtype: ActivationDtype | None = None
     ) -> ExpertWeights:
-        return weights.rounded_for(activation_dtype)
+        held = weights.rounded_for(activation_dtype)
+        found = self.activations(activation_dtype, weights.activations, weights.schemes)
+        return held if found == held.activations else replace(held, activations=found)
+
+    def how(self, problem: ExpertsProblem) -> str | None:
+        found = self.activations(problem.activation_dtype, problem.activations, problem.schemes)
+        return in_words(problem.roundings, found)
 
     def unpack(self, packed: Any, config: ExpertsConfig) -> ExpertWeights:
         assert isinstance(packed, ExpertWeights)
@@ -158,10 +196,18 @@ class StoredWeightsKernel(ExpertsKernel):
         return packed.slots()
 
 
-def in_words(roundings: tuple[ActivationScheme, ...]) -> str | None:
-    """What rows are rounded to before the products, with whose scales; None where they are not."""
+def in_words(
+    roundings: tuple[ActivationScheme, ...], found: ActivationScheme | None = None
+) -> str | None:
+    """What rows are rounded to before the products, with whose scales; None where they are not.
+
+    Args:
+        roundings: with stored scales. found: with those found while running.
+    """
     codes = " and ".join(dict.fromkeys(scheme.code_words for scheme in roundings))
-    return f"activations rounded to {codes} with the file's scales" if codes else None
+    parts = [f"{codes} with the file's scales"] if codes else []
+    parts += [str(found)] if found is not None else []
+    return f"activations rounded to {', else '.join(parts)}" if parts else None
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

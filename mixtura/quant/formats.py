@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 
 from mixtura.errors import ConfigError
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
 from mixtura.quant.scheme import Code, GlobalScale, QuantScheme, ZeroPoint
 
 
@@ -37,6 +38,11 @@ class WeightFormat(Enum):
     def scheme(self) -> QuantScheme:
         """How matrices of this format are stored."""
         return _FORMAT_SCHEMES[self]
+
+    @property
+    def activations(self) -> ActivationScheme | None:
+        """What files of this format ask activations to be rounded to while running, or None."""
+        return _FORMAT_ACTIVATIONS.get(self)
 
     @classmethod
     def parse(cls, name: str) -> WeightFormat:
@@ -87,6 +93,12 @@ _FORMAT_SCHEMES = {
         Code.E2M1, 4, (1, 16), torch.float8_e4m3fn, global_scale=GlobalScale.MATRIX
     ),
 }
+
+_FORMAT_ACTIVATIONS = {
+    WeightFormat.FP8: ActivationScheme(Code.E4M3, 8, ActivationGroup.TOKEN),
+    WeightFormat.FP8_BLOCK: ActivationScheme(Code.E4M3, 8, ActivationGroup.GROUP, 128),
+}
+"""Those of the presets that `mixtura quantize` writes; other formats are of weights alone."""
 
 SHORT_NAMES: dict[str, WeightFormat] = {
     "int4": WeightFormat.INT4_G128,

@@ -78,7 +78,10 @@ class CpuKernel(ExpertsKernel):
     devices: ClassVar[tuple[str, ...] | None] = ("cpu",)
     is_row_invariant: ClassVar[bool] = True
     packs_in_graphs: ClassVar[bool] = False
-    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = tuple(ActivationDtype)
+    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (
+        ActivationDtype.INT8,
+        ActivationDtype.BF16,
+    )
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:

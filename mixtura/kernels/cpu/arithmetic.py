@@ -44,7 +44,7 @@ def arithmetic_for(
 ) -> Arithmetic:
     """The products' arithmetic.
 
-    Dense weights as they are; integers and e2m1 with int8 activations unless bf16 is asked for;
+    Dense weights as they are; integers and e2m1 with int8 activations unless others are asked for;
     e4m3 with bf16, and fp32 wherever the processor has no products of bf16. The levels of codebooks
     have more bits than bf16: they are multiplied in fp32. Activations that are rounded to e4m3
     codes need bf16, which holds them all; those of int8 reach -128, and the products of 8-bit codes
@@ -61,9 +61,8 @@ def arithmetic_for(
         is_too_low = read.bits == 8 and not takes_int8_min
         if rounding.code is not Code.INT or is_too_low:
             return wide
-    if read.code is Code.E4M3 or activation_dtype is ActivationDtype.BF16:
-        return wide
-    return Arithmetic.INT8
+    has_int8 = activation_dtype in (None, ActivationDtype.INT8)
+    return Arithmetic.INT8 if has_int8 and read.code is not Code.E4M3 else wide
 
 
 def current_arithmetic(

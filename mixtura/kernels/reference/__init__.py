@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mixtura.config import ActivationDtype, GateUp, WeightOn
-from mixtura.kernels.contract import STATIC_CODES, StoredWeightsKernel, in_words, sum_dtype
+from mixtura.kernels.contract import STATIC_CODES, StoredWeightsKernel, sum_dtype
 from mixtura.kernels.reference.activation import activate, split_gate_up
+from mixtura.kernels.reference.inputs import round_inputs
 from mixtura.kernels.reference.linear import matrix_vector
 from mixtura.kernels.reference.norm import post_norm
-from mixtura.quant.activations import StaticInputs, round_activations
+from mixtura.quant.activations import StaticInputs
 from mixtura.quant.matrix import QuantizedMatrix, dequantize
 from mixtura.quant.scheme import Code
 from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
@@ -26,17 +27,19 @@ def run_expert(weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
         y = matrix_vector(dequantize(stack.expert(expert), row.dtype), x)
         return y if bias is None else y + bias[expert].to(row.dtype)
 
-    def rounded(inputs: StaticInputs | None, x: Tensor) -> Tensor:
-        return x if inputs is None else round_activations(x, inputs.scheme, inputs.scales[expert])
+    def rounded(x: Tensor, inputs: StaticInputs | None, *stacks: QuantizedMatrix | None) -> Tensor:
+        scales = None if inputs is None else inputs.scales[expert]
+        return round_inputs(x, inputs, scales, weights.activations, stacks)
 
-    row = rounded(weights.gate_up_inputs, row)
+    row = rounded(row, weights.gate_up_inputs, weights.gate_up_proj, weights.up_proj)
     gate, up = split_gate_up(
         project(weights.gate_up_proj, weights.gate_up_bias, row), config.gate_up
     )
     if config.gate_up is GateUp.SEPARATE:
         assert weights.up_proj is not None
         up = project(weights.up_proj, None, row)
-    hidden = rounded(weights.down_inputs, activate(gate, up, config.activation))
+    hidden = activate(gate, up, config.activation)
+    hidden = rounded(hidden, weights.down_inputs, weights.down_proj)
     out = project(weights.down_proj, weights.down_bias, hidden)
     if config.post_norm is not None:
         assert weights.post_norm is not None
@@ -53,16 +56,13 @@ class ReferenceKernel(StoredWeightsKernel):
     name: ClassVar[str] = "reference"
     has_backward: ClassVar[bool] = True
     is_row_invariant: ClassVar[bool] = True
-    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (ActivationDtype.BF16,)
+    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = tuple(ActivationDtype)
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         if problem.needs_grad and not problem.is_dense:
             return f"has no gradient for weights in the scheme {problem.scheme}"
         return None
-
-    def how(self, problem: ExpertsProblem) -> str | None:
-        return in_words(problem.roundings)
 
     def run(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixtura.config import ActivationDtype, WeightOn
-from mixtura.kernels.contract import STATIC_CODES, StoredWeightsKernel, in_words
+from mixtura.kernels.contract import STATIC_CODES, StoredWeightsKernel
 from mixtura.kernels.torch.eager import run_eager
 from mixtura.kernels.torch.grouped_linear import grouped_linear
 from mixtura.kernels.torch.sorted_slots import is_recorded, run_sorted, sort_slots
@@ -25,7 +25,7 @@ class TorchKernel(StoredWeightsKernel):
     name: ClassVar[str] = "torch"
     rounds_between: ClassVar[bool] = True
     has_backward: ClassVar[bool] = True
-    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (ActivationDtype.BF16,)
+    activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = tuple(ActivationDtype)
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
@@ -34,9 +34,6 @@ class TorchKernel(StoredWeightsKernel):
         if problem.needs_grad and not problem.is_dense:
             return f"has no gradient for weights in the scheme {problem.scheme}"
         return None
-
-    def how(self, problem: ExpertsProblem) -> str | None:
-        return in_words(problem.roundings)
 
     def run(
         self,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from mixtura.kernels.reference.activation import activate, split_gate_up
+from mixtura.kernels.reference.inputs import round_inputs
 from mixtura.kernels.reference.norm import post_norm
-from mixtura.quant.activations import StaticInputs, round_activations
+from mixtura.quant.activations import StaticInputs
 from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.types import ExpertWeights
 
@@ -24,17 +25,17 @@ def run_experts(weights: ExpertWeights, x: Tensor, linear: Linear, per_row: PerR
     """The experts on rows sorted by expert, before routing weights. (N, H) -> (N, H)."""
     config = weights.config
 
-    def rounded(inputs: StaticInputs | None, x: Tensor) -> Tensor:
-        if inputs is None:
-            return x
-        return round_activations(x, inputs.scheme, per_row(inputs.scales).unsqueeze(1))
+    def rounded(x: Tensor, inputs: StaticInputs | None, *stacks: QuantizedMatrix | None) -> Tensor:
+        scales = None if inputs is None else per_row(inputs.scales).unsqueeze(1)
+        return round_inputs(x, inputs, scales, weights.activations, stacks)
 
-    x = rounded(weights.gate_up_inputs, x)
+    x = rounded(x, weights.gate_up_inputs, weights.gate_up_proj, weights.up_proj)
     first = linear(x, weights.gate_up_proj, weights.gate_up_bias)
     gate, up = split_gate_up(first, config.gate_up)
     if weights.up_proj is not None:
         up = linear(x, weights.up_proj, None)
-    hidden = rounded(weights.down_inputs, activate(gate, up, config.activation))
+    hidden = activate(gate, up, config.activation)
+    hidden = rounded(hidden, weights.down_inputs, weights.down_proj)
     out = linear(hidden, weights.down_proj, weights.down_bias)
     if config.post_norm is not None:
         assert weights.post_norm is not None

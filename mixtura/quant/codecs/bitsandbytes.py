@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import CheckpointError, ConfigError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import (
     check_encodable,
     check_finite,
@@ -62,7 +62,9 @@ _CODEBOOK_PARTS = (
 _MAX_STATE_BYTES = 4096
 """A dozen short settings take a few hundred bytes."""
 _INT8_MAX = 127
-_INT8_ACTIVATIONS = ActivationScheme(Code.INT, 8, ActivationGroup.TOKEN)
+_INT8_ACTIVATIONS = ActivationScheme(
+    Code.INT, 8, ActivationGroup.TOKEN, extra=ActivationExtra.OUTLIERS
+)
 _INT8_SCHEME = QuantScheme(Code.INT, 8, (1, None), torch.float32, ZeroPoint.MID)
 _SIGN_BIT = 0x80
 _ROW_MAJOR = 0

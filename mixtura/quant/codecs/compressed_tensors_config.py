@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, Self
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import read_choice, read_group_size, read_setting
 from mixtura.quant.codecs.config_values import read_block, read_names, read_object
 from mixtura.quant.codecs.module_names import REGEX_PREFIX, is_listed, matches_regex
@@ -28,6 +28,8 @@ _FORMATS = (
     "mixed-precision",
 )
 _MX_COLUMNS = 32
+_POWERS = ("torch.uint8", "uint8", "torch.float8_e8m0fnu", "float8_e8m0fnu")
+"""What `scale_dtype` calls e8m0 codes."""
 
 
 class Strategy(Enum):
@@ -49,6 +51,7 @@ class QuantizationArgs:
         bits: of a code. is_float: else an integer. is_symmetric: without zero points.
         strategy: what shares a scale, with its size: group_size or block.
         is_static: whether scales are stored; of NVFP4 activations, that of the whole tensor.
+        has_power_scales: whether they are e8m0 codes.
     """
 
     bits: int
@@ -58,6 +61,7 @@ class QuantizationArgs:
     group_size: int | None
     block: tuple[int, int] | None
     is_static: bool
+    has_power_scales: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -95,6 +99,7 @@ class QuantizationArgs:
             group_size,
             block,
             is_static=dynamic is not True,
+            has_power_scales=read_setting(config, "scale_dtype") in _POWERS,
         )
 
     @property
@@ -112,7 +117,8 @@ class QuantizationArgs:
             return None
         columns = self.group_size if per is ActivationGroup.GROUP else None
         is_static = self.is_static and self.strategy in (Strategy.TENSOR, Strategy.TENSOR_GROUP)
-        return ActivationScheme(code, self.bits, per, columns, is_static)
+        extra = ActivationExtra.POWER_SCALES if self.has_power_scales else None
+        return ActivationScheme(code, self.bits, per, columns, is_static, extra)
 
 
 @dataclass(frozen=True)
@@ -223,14 +229,19 @@ def _float(
     return QuantizationArgs(bits, True, True, strategy, group_size, block, True)
 
 
+def _microscaled(bits: int) -> QuantizationArgs:
+    groups = _float(bits, Strategy.GROUP, _MX_COLUMNS)
+    return dataclasses.replace(groups, has_power_scales=True)
+
+
 def _dynamic(args: QuantizationArgs) -> ActivationScheme | None:
     return dataclasses.replace(args, is_static=False).activations
 
 
 _NVFP4 = _float(4, Strategy.TENSOR_GROUP, 16)
-_MXFP4 = _float(4, Strategy.GROUP, _MX_COLUMNS)
-_MXFP6 = _float(6, Strategy.GROUP, _MX_COLUMNS)
-_MXFP8 = _float(8, Strategy.GROUP, _MX_COLUMNS)
+_MXFP4 = _microscaled(4)
+_MXFP6 = _microscaled(6)
+_MXFP8 = _microscaled(8)
 _FP8 = _float(8, Strategy.TENSOR)
 _FP8_TOKEN = _dynamic(_float(8, Strategy.TOKEN))
 _FP8_GROUPS = _dynamic(_float(8, Strategy.GROUP, 128))

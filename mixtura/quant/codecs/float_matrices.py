@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import SCALE_FLOATS
 from mixtura.quant.codecs.code_layouts import RowBytes
 from mixtura.quant.codecs.contract import Header
@@ -21,7 +21,9 @@ MX_COLUMNS = 32
 NVFP4_COLUMNS = 16
 FP8_TOKEN = ActivationScheme(Code.E4M3, 8, ActivationGroup.TOKEN)
 FP8_STATIC = ActivationScheme(Code.E4M3, 8, ActivationGroup.TENSOR, is_static=True)
-MXFP8_ACTIVATIONS = ActivationScheme(Code.E4M3, 8, ActivationGroup.GROUP, MX_COLUMNS)
+MXFP8_ACTIVATIONS = ActivationScheme(
+    Code.E4M3, 8, ActivationGroup.GROUP, MX_COLUMNS, extra=ActivationExtra.POWER_SCALES
+)
 NVFP4_ACTIVATIONS = ActivationScheme(
     Code.E2M1, 4, ActivationGroup.GROUP, NVFP4_COLUMNS, is_static=True
 )

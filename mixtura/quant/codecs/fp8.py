@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import (
     SCALE_FLOATS,
     is_dense,
@@ -125,8 +125,7 @@ class Fp8(Codec):
         if weight.dtype in FLOAT8_CODES:
             return self._float8(headers, found)
         if weight.dtype is torch.int8 and headers[found].dtype in E8M0_DTYPES:
-            columns = self.block[1] if self.block else _BLOCK[1]
-            activations = ActivationScheme(Code.E4M3, 8, ActivationGroup.GROUP, columns)
+            activations = _groups(self.block or _BLOCK, headers[found])
             return microscaled_matrix(headers, Code.E2M1, activations, scale_part=found)
         if weight.dtype is torch.int8 and headers[found].dtype in SCALE_FLOATS:
             layout = self._integers(headers, found)
@@ -139,8 +138,7 @@ class Fp8(Codec):
         group = granularity(headers, scale_part, block)
         activations: ActivationScheme | None
         if group[0] == block:
-            columns = block[1]
-            activations = ActivationScheme(Code.E4M3, 8, ActivationGroup.GROUP, columns)
+            activations = _groups(block, headers[scale_part])
         else:
             is_static = self.is_static and group[0] == (None, None)
             activations = FP8_STATIC if is_static else FP8_TOKEN
@@ -182,6 +180,15 @@ class Fp8(Codec):
             GridLayout(scale_part, scale.dtype, arrangement),
             input_scale=input_scale_of(headers, activations),
         )
+
+
+def _groups(block: tuple[int, int], scale: Header) -> ActivationScheme:
+    """Activations beside weights in blocks: their scales are powers of two where the weights' are.
+
+    `scale_fmt`, which says so too, is "ue8m0" even where DeepSeek-V4's weights have fp32 scales.
+    """
+    extra = ActivationExtra.POWER_SCALES if scale.dtype in E8M0_DTYPES else None
+    return ActivationScheme(Code.E4M3, 8, ActivationGroup.GROUP, block[1], extra=extra)
 
 
 def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

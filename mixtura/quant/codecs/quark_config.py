@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mixtura.errors import CheckpointError
-from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
 from mixtura.quant.codecs.checks import read_choice, read_group_size, read_setting
 from mixtura.quant.codecs.config_values import read_block, read_names, read_object
 from mixtura.quant.codecs.module_names import is_listed
@@ -37,6 +37,7 @@ class QuarkSpec:
     Attributes:
         dtype: of the codes, by Quark's name. scheme: what shares a scale, with its size.
         is_symmetric: without zero points. is_dynamic: scales are found while running.
+        has_power_scales: they are e8m0 codes.
     """
 
     dtype: str
@@ -45,6 +46,7 @@ class QuarkSpec:
     block: tuple[int, int]
     is_symmetric: bool
     is_dynamic: bool
+    has_power_scales: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -66,6 +68,7 @@ class QuarkSpec:
             # Writers say nothing of floats, which are symmetric.
             read_choice(config, "symmetric", choices=(True, False), default=dtype != "uint4"),
             read_choice(config, "is_dynamic", choices=(True, False), default=False),
+            config.get("scale_format") == "e8m0",
         )
 
     @property
@@ -85,7 +88,8 @@ class QuarkSpec:
         if per is None or not self.is_symmetric:
             return None
         is_static = per is ActivationGroup.TENSOR and not self.is_dynamic
-        return ActivationScheme(code, bits, per, self.group_size, is_static)
+        extra = ActivationExtra.POWER_SCALES if self.has_power_scales else None
+        return ActivationScheme(code, bits, per, self.group_size, is_static, extra)
 
 
 @dataclass(frozen=True)
