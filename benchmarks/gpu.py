@@ -24,6 +24,7 @@ from mixtura.bench.gpu.command import (
     GpuOptions,
     bench_gpu,
 )
+from mixtura.config import ActivationDtype
 from mixtura.errors import MixturaError
 
 
@@ -32,7 +33,8 @@ def read_arguments(arguments: list[str]) -> GpuOptions:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--shape", action="append", metavar="NAME", help=f"repeatable: {', '.join(SHAPES)}")
-    add("--weights", default=DEFAULT_WEIGHTS, help="weight formats, with commas")
+    add("--weights", action="append", help="weight formats, with commas or repeatable")
+    add("--activation-dtype", help=f"with quantized weights: {', '.join(ActivationDtype)}")
     add("--tokens", default=DEFAULT_TOKENS, help="numbers of tokens, with commas")
     add("--routing", default=Spread.UNIFORM.value, help=" or ".join(Spread))
     add("--contender", action="append", metavar="NAME", help="repeatable")
@@ -44,7 +46,8 @@ def read_arguments(arguments: list[str]) -> GpuOptions:
     found = parser.parse_args(arguments)
     return GpuOptions(
         shapes=found.shape or [DEFAULT_SHAPE],
-        weights=found.weights,
+        weights=",".join(found.weights or [DEFAULT_WEIGHTS]),
+        activation_dtype=found.activation_dtype,
         tokens=found.tokens,
         routing=found.routing,
         contenders=found.contender or (),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import itertools
 import json
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -23,29 +27,45 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from mixtura.bench import choices, measure
+from mixtura.bench import contenders as module_of_contenders
 from mixtura.bench.cases import SHAPES, Case, LayerShape, find_shape
 from mixtura.bench.contenders import Contender, KernelContender, Layer, RunBatch
+from mixtura.bench.experts import true_output
 from mixtura.bench.gpu import command, device, layer_case, rotation
+from mixtura.bench.gpu.arithmetic import activation_dtype_of, product_dtype
 from mixtura.bench.gpu.batches import BatchSource, Spread, Truth
+from mixtura.bench.gpu.checks import ROUNDED, Truths, rounded_tolerance, tolerance
 from mixtura.bench.gpu.command import GpuOptions, bench_gpu
 from mixtura.bench.gpu.device import CannotCapture, CudaDevice, Device, DeviceFacts, Graph, Step
 from mixtura.bench.gpu.journal import Journal
 from mixtura.bench.gpu.layer_case import Bench, floor_of, run_case, sets_that_fit
-from mixtura.bench.gpu.limits import NOMINAL, nominal_limits, probe_bandwidth, probe_peak
+from mixtura.bench.gpu.limits import (
+    NOMINAL,
+    Peak,
+    find_peak,
+    nominal_limits,
+    probe_bandwidth,
+    probe_peak,
+)
 from mixtura.bench.gpu.results import LayerResult, Place
 from mixtura.bench.gpu.rotation import Measure, Mode, Rotation, num_steps
 from mixtura.bench.gpu.table import chart_lines, notes, results_table
 from mixtura.bench.measure import Timing, interleave
+from mixtura.bench.peers import transformers_experts, transformers_fp8
 from mixtura.bench.plain_router import PlainRouter
 from mixtura.bench.weights import LayerWeights
 from mixtura.cli import app
+from mixtura.config import ActivationDtype
 from mixtura.errors import ConfigError, InputError
+from mixtura.experts import ExpertsOptions
 from mixtura.kernels import get_kernel
 from mixtura.kernels.triton.device import device_of
 from mixtura.kernels.triton.tuned import tuned_path
+from mixtura.quant.activations import ActivationGroup, ActivationScheme, round_activations
 from mixtura.quant.formats import WeightFormat
+from mixtura.quant.scheme import Code
 from mixtura.routing import router_for
-from mixtura.types import ExpertBatch
+from mixtura.types import ExpertBatch, ExpertsProblem
 
 ROOT = Path(__file__).parents[1]
 TINY = find_shape("tiny")
@@ -127,7 +147,7 @@ def bench(**changes: Any) -> Bench:
     given: dict[str, Any] = {
         "device": StandIn(),
         "place": PLACE,
-        "peak": {torch.float32: 1e11, torch.bfloat16: 1e11},
+        "peak": {torch.float32: Peak(1e11), torch.bfloat16: Peak(1e11)},
         "spread": Spread.UNIFORM,
         "seconds": 0.0,
     }
@@ -291,9 +311,9 @@ def test_ours_must_be_nearer_to_the_truth_than_peers(monkeypatch: pytest.MonkeyP
     case = tiny(weights="bf16")
     ours, fallback, peer = choices.find_contenders(["reference", "torch", "eager"])
     monkeypatch.setattr(type(get_kernel("reference")), "devices", ("cpu",))
-    bounds = [layer_case.tolerance(case, contender) for contender in (ours, fallback, peer)]
+    bounds = [tolerance(case, contender) for contender in (ours, fallback, peer)]
     assert bounds == [5e-3, 1e-2, 1e-2]
-    assert layer_case.tolerance(tiny(), peer) == 1e-5
+    assert tolerance(tiny(), peer) == 1e-5
 
 
 def test_rows_that_are_checked_spread_over_the_batch() -> None:
@@ -596,7 +616,9 @@ def test_half_of_the_experts_get_nothing() -> None:
 def test_limits_are_measured_and_named() -> None:
     bandwidth = probe_bandwidth(StandIn())
     assert bandwidth.best == max(bandwidth.copy, bandwidth.read) > 0
-    assert probe_peak(StandIn(), torch.float32) > 0
+    for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        peak = find_peak(StandIn(), dtype)
+        assert peak.rate > 0 and peak.note is None
     assert nominal_limits("NVIDIA H200") == NOMINAL["H200"]
     assert nominal_limits("NVIDIA A100") is None
 
@@ -617,6 +639,417 @@ def test_the_nominal_floor_is_beside_the_measured_one() -> None:
     nominal = (result.weight_bytes + result.row_bytes) / 4.3e12 * 1e6
     assert result.nominal_us == pytest.approx(nominal)
     assert result.share_of_nominal == pytest.approx(nominal / result.us)
+
+
+# ------------------------------------------------------------------------------ quantized weights
+
+
+class Hopper(StandIn):
+    """A device that multiplies e4m3 codes."""
+
+    def facts(self) -> DeviceFacts:
+        return replace(super().facts(), capability="9.0")
+
+
+class Rounding(Odd):
+    """The layer in fp32 on rows that are rounded, as a kernel of that arithmetic does."""
+
+    def __init__(self, round_rows: Callable[[Tensor], Tensor], factor: float = 1.0) -> None:
+        self.name = "rounding"
+        self.round_rows = round_rows
+        self.factor = factor
+
+    def rounds_to(self, case: Case) -> ActivationDtype | None:
+        return case.rounds_to
+
+    def rounds_once(self, case: Case) -> bool:
+        return True
+
+    def bind(self, layer: Layer) -> RunBatch:
+        def run(batch: ExpertBatch) -> Tensor:
+            out = true_output(layer.source, batch, layer.number, self.round_rows)
+            return (self.factor * out).to(layer.case.dtype)
+
+        return run
+
+
+INT8, FP8, BF16 = ActivationDtype.INT8, ActivationDtype.FP8, ActivationDtype.BF16
+
+
+def quantized(name: str, asked: ActivationDtype, shape: LayerShape = TINY) -> Case:
+    return replace(tiny(weights=name, shape=shape), activation_dtype=asked)
+
+
+def rounded_to(code: Code, *group: int) -> Callable[[Tensor], Tensor]:
+    per = ActivationGroup.GROUP if group else ActivationGroup.TOKEN
+    scheme = ActivationScheme(code, 8, per, *group)
+    return lambda rows: round_activations(rows, scheme)
+
+
+WIDE = replace(
+    TINY,
+    name="wide",
+    experts=replace(TINY.experts, num_experts=6, hidden_size=512, intermediate_size=256),
+    routing=replace(TINY.routing, num_experts=6, top_k=2),
+)
+"""Rows of several groups of 128 columns."""
+
+ALL_PEAKS = {
+    torch.bfloat16: Peak(1e11),
+    torch.int8: Peak(2e11),
+    torch.float8_e4m3fn: Peak(3e11, "a note"),
+}
+
+
+@pytest.mark.parametrize("sizes", [(64, 32), (200, 136)])
+@pytest.mark.parametrize("format", WeightFormat)
+def test_the_floor_counts_what_is_stored(format: WeightFormat, sizes: tuple[int, int]) -> None:
+    """Packed codes and scales, groups that are not full included."""
+    experts = replace(TINY.experts, hidden_size=sizes[0], intermediate_size=sizes[1])
+    case = tiny(weights=format.value, shape=replace(TINY, experts=experts))
+    stacks = LayerWeights(case.shape, format).stacks(0)
+    stored = sum(matrix.num_bytes for matrix in stacks.projections())
+    assert case.expert_bytes * experts.num_experts == stored
+    batch = BatchSource(case, Spread.UNIFORM).draw()
+    floor = floor_of(case, [batch], 1.0, 1.0)
+    assert floor.weight_bytes == batch.num_experts * stored // experts.num_experts
+    assert floor.row_bytes == 2 * 3 * sizes[0] * case.dtype.itemsize
+
+
+QWEN_WEIGHTS = 3 * 2048 * 768
+"""Of an expert; its rows are 1536 of gate and up, and 2048."""
+
+
+@pytest.mark.parametrize(
+    "name, num_bytes",
+    [
+        ("bf16", 2 * QWEN_WEIGHTS),
+        ("fp8", QWEN_WEIGHTS + 4 * (1536 + 2048)),
+        ("fp8-block", QWEN_WEIGHTS + 4 * (12 * 16 + 16 * 6)),
+        ("int8-channel", QWEN_WEIGHTS + 4 * (1536 + 2048)),
+        ("int8-g64", QWEN_WEIGHTS + 2 * QWEN_WEIGHTS // 64),
+        ("int4-g32", QWEN_WEIGHTS // 2 + 2 * QWEN_WEIGHTS // 32),
+        ("int4-g64", QWEN_WEIGHTS // 2 + 2 * QWEN_WEIGHTS // 64),
+        ("int4-g128", QWEN_WEIGHTS // 2 + 2 * QWEN_WEIGHTS // 128),
+        ("mxfp4", QWEN_WEIGHTS // 2 + QWEN_WEIGHTS // 32),
+        ("nvfp4", QWEN_WEIGHTS // 2 + QWEN_WEIGHTS // 16 + 2 * 4),
+    ],
+)
+def test_bytes_of_an_expert(name: str, num_bytes: int) -> None:
+    assert tiny(weights=name, shape=find_shape("qwen3-30b-a3b")).expert_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    "name, weights, num_tokens, microseconds, limited_by",
+    [
+        ("qwen3-30b-a3b", "fp8-block", 1, 8.783, "memory"),
+        ("qwen3-30b-a3b", "fp8-block", 512, 141.5, "memory"),
+        ("qwen3-30b-a3b", "fp8-block", 8192, 412.3, "compute"),
+        ("qwen3-30b-a3b", "mxfp4", 8192, 782.9, "compute"),
+        ("gpt-oss-120b", "mxfp4", 1, 12.3, "memory"),
+        ("gpt-oss-120b", "mxfp4", 512, 394.9, "memory"),
+        ("deepseek-v3", "fp8-block", 1, 81.96, "memory"),
+    ],
+)
+def test_floors_of_quantized_weights_are_those_of_the_published_model(
+    name: str, weights: str, num_tokens: int, microseconds: float, limited_by: str
+) -> None:
+    """Of an H200: 1500 TFLOP/s where rows are rounded to fp8, 790 where weights alone are codes."""
+    format, limits = WeightFormat.parse(weights), NOMINAL["H200"]
+    arithmetic = activation_dtype_of(format, None, "9.0")
+    case = replace(case_of(name, num_tokens), weights=format, activation_dtype=arithmetic)
+    peak = limits.peak_of(product_dtype(case))
+    assert peak is not None
+    drawn = [IdsOnly(case, Spread.UNIFORM).draw()]
+    floor = floor_of(case, drawn, limits.bandwidth, peak)
+    assert floor.seconds * 1e6 == pytest.approx(microseconds, rel=1e-3)
+    assert floor.limited_by == limited_by
+
+
+@pytest.mark.parametrize(
+    "weights, asked, capability, dtype",
+    [
+        ("bf16", None, "9.0", torch.bfloat16),
+        ("bf16", FP8, "9.0", torch.bfloat16),  # beside quantized ones
+        ("fp32", None, "9.0", torch.float32),
+        ("fp8", None, "8.9", torch.float8_e4m3fn),
+        ("fp8", None, "8.6", torch.bfloat16),
+        ("fp8-block", None, "12.0", torch.float8_e4m3fn),
+        ("fp8-block", None, "", torch.bfloat16),
+        ("fp8-block", BF16, "9.0", torch.bfloat16),
+        ("int8", None, "9.0", torch.bfloat16),
+        ("int8", INT8, "8.0", torch.int8),
+        ("int4", None, "9.0", torch.bfloat16),
+        ("int4", FP8, "9.0", torch.float8_e4m3fn),
+        ("mxfp4", None, "10.0", torch.bfloat16),
+        ("nvfp4", None, "10.0", torch.bfloat16),
+    ],
+)
+def test_the_peak_is_that_of_what_is_multiplied(
+    weights: str, asked: ActivationDtype | None, capability: str, dtype: torch.dtype
+) -> None:
+    format = WeightFormat.parse(weights)
+    arithmetic = activation_dtype_of(format, asked, capability)
+    case = replace(tiny(weights=weights), activation_dtype=arithmetic)
+    assert product_dtype(case) is dtype
+    assert (arithmetic is None) == (not format.scheme.is_quantized)
+
+
+def documented_targets() -> Iterator[tuple[str, str, int, float, float, float]]:
+    """Of docs/benchmarks/gpu.md: shape, weights, tokens, floor, share of it, microseconds."""
+    text = (ROOT / "docs/benchmarks/gpu.md").read_text()
+    shape, weights = "qwen3-30b-a3b", "bf16"
+    for line in text.partition("## Targets")[2].partition("## Predictions")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if named := re.match(r"(\S+), `(\S+)`", cells[0] if cells else ""):
+            shape, weights = named[1].lower(), named[2]
+        if cells and cells[-1] == "not yet measured":
+            tokens, floor, share, microseconds = cells[-5:-1]
+            last = float(share.split()[-1])
+            yield shape, weights, int(tokens), float(floor), last, float(microseconds)
+
+
+def test_targets_are_shares_of_the_nominal_floor() -> None:
+    limits, seen = NOMINAL["H200"], []
+    for shape, weights, num_tokens, floor, share, microseconds in documented_targets():
+        format = WeightFormat.parse(weights)
+        arithmetic = activation_dtype_of(format, None, "9.0")
+        case = replace(case_of(shape, num_tokens), weights=format, activation_dtype=arithmetic)
+        source = IdsOnly(case, Spread.UNIFORM)
+        drawn = [source.draw() for _ in range(17 if num_tokens <= 64 else 1)]
+        peak = limits.peak_of(product_dtype(case))
+        assert peak is not None
+        found = floor_of(case, drawn, limits.bandwidth, peak).seconds * 1e6
+        assert found == pytest.approx(floor, rel=0.015), (shape, weights, num_tokens)
+        assert floor / share == pytest.approx(microseconds, rel=0.05 if floor < 20 else 0.015)
+        seen.append((shape, weights))
+    assert {kind: seen.count(kind) for kind in seen} == {
+        ("qwen3-30b-a3b", "bf16"): 10,
+        ("qwen3-30b-a3b", "fp8-block"): 6,
+        ("gpt-oss-120b", "int4-g128"): 8,
+        ("gpt-oss-120b", "mxfp4"): 8,
+    }
+
+
+def test_nominal_peaks_go_by_what_is_multiplied() -> None:
+    limits = NOMINAL["H200"]
+    assert limits.peak_of(torch.bfloat16) == limits.peak_of(torch.float16) == 790e12
+    assert limits.peak_of(torch.float8_e4m3fn) == 1500e12
+    assert NOMINAL["H100 80GB HBM3"].peak_of(torch.float8_e4m3fn) == 1350e12
+    assert limits.peak_of(torch.int8) is None and limits.peak_of(torch.float32) is None
+
+
+@pytest.mark.parametrize("asked, rate", [(BF16, 1e11), (INT8, 2e11), (FP8, 3e11)])
+def test_a_result_has_the_floor_of_its_arithmetic(asked: ActivationDtype, rate: float) -> None:
+    place = replace(PLACE, device={"name": "NVIDIA H200"})
+    case, ours = quantized("fp8-block", asked), choices.find_contenders(["torch"])
+    (result, *_) = run_case(case, ours, bench(peak=ALL_PEAKS, place=place))
+    assert (result.activations, result.peak_tflops) == (asked.value, rate / 1e12)
+    assert result.note == ("a note" if asked is FP8 else None)
+    assert (result.nominal_us is None) == (asked is INT8)  # nobody has published one
+
+
+def test_a_device_without_such_products_has_the_peak_of_bf16_and_a_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise RuntimeError("torch._scaled_mm is only supported on newer devices\nand more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuses)
+    peak = find_peak(StandIn(), torch.float8_e4m3fn)
+    assert peak.rate > 0 and peak.note == (
+        "no dense product of fp8 runs here (RuntimeError: torch._scaled_mm is only supported on "
+        "newer devices): the floor has the peak of bf16"
+    )
+    bench_gpu(options(weights="fp8-block", activation_dtype="fp8", tokens="1"), StandIn)
+    told = capsys.readouterr()
+    assert peak.note in told.out
+    assert re.search(r"dense products, TFLOP/s: fp8 \d+ \(of bf16\)", told.err)
+
+
+@pytest.mark.parametrize(
+    "weights, asked, round_rows",
+    [
+        ("fp8-block", FP8, rounded_to(Code.E4M3, 128)),
+        ("fp8", FP8, rounded_to(Code.E4M3)),
+        ("int8-channel", INT8, rounded_to(Code.INT)),
+        ("int4-g128", INT8, rounded_to(Code.INT)),
+        ("int4-g32", FP8, rounded_to(Code.E4M3)),
+    ],
+)
+def test_who_rounds_rows_as_the_format_means_is_right(
+    weights: str, asked: ActivationDtype, round_rows: Callable[[Tensor], Tensor]
+) -> None:
+    case = replace(quantized(weights, asked, WIDE), num_tokens=64)
+    for result in run_case(case, [Rounding(round_rows)], bench(peak=ALL_PEAKS)):
+        assert result.is_correct
+        assert result.relative_error is not None and result.rounded_error is not None
+        assert result.rounded_error < 2e-3 < result.relative_error < ROUNDED[asked]
+
+
+@pytest.mark.parametrize(
+    "round_rows, factor, is_near",
+    [
+        (lambda rows: rows, 1.0, True),  # 16 bits in place of fp8: near to the truth, and not fp8
+        (rounded_to(Code.E4M3), 1.0, True),  # one scale for a row in place of one for 128 columns
+        (rounded_to(Code.E4M3, 128), 1.01, True),
+        (rounded_to(Code.E4M3, 128), 1.1, False),
+    ],
+)
+def test_who_rounds_rows_otherwise_is_wrong(
+    round_rows: Callable[[Tensor], Tensor], factor: float, is_near: bool
+) -> None:
+    case = replace(quantized("fp8-block", FP8, WIDE), num_tokens=64)
+    for result in run_case(case, [Rounding(round_rows, factor)], bench(peak=ALL_PEAKS)):
+        assert result.is_correct is False
+        assert result.relative_error is not None and result.rounded_error is not None
+        assert (result.relative_error <= ROUNDED[FP8]) == is_near
+        assert result.rounded_error > 5e-3
+
+
+def test_codes_of_weights_alone_have_the_bounds_of_bf16() -> None:
+    """A kernel that rounds rows where nobody asked for it is wrong."""
+    case = quantized("int4-g128", BF16, WIDE)
+    right, wrong = Rounding(lambda rows: rows), Rounding(rounded_to(Code.INT))
+    for contender, is_right in ((right, True), (wrong, False)):
+        for result in run_case(case, [contender], bench()):
+            assert result.is_correct is is_right and result.rounded_error is None
+
+
+def test_our_kernels_are_asked_for_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they run, and when they are bound."""
+    asked: list[ActivationDtype | None] = []
+
+    class Bound:
+        def __init__(self, *_: Any, options: ExpertsOptions, **__: Any) -> None:
+            asked.append(options.activation_dtype)
+            raise RuntimeError("as far as this goes")
+
+    kernel = SimpleNamespace(unsupported=lambda problem: asked.append(problem.activation_dtype))
+    monkeypatch.setattr(module_of_contenders, "get_kernel", lambda name: kernel)
+    monkeypatch.setattr(module_of_contenders, "RoutedExperts", Bound)
+    case = quantized("fp8-block", FP8)
+    contender = KernelContender("torch")
+    contender.refusal(case)
+    with pytest.raises(RuntimeError, match="as far"):
+        contender.bind(Layer(case, LayerWeights(TINY, case.weights), 0))
+    assert asked == [FP8, FP8]
+
+
+def test_bounds_go_by_what_a_contender_rounds_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, fallback, peer = choices.find_contenders(["reference", "torch", "eager"])
+    monkeypatch.setattr(type(get_kernel("reference")), "devices", ("cpu",))
+    for asked, bounds in ((FP8, [7e-2, 7e-2, 1e-2]), (INT8, [9e-2, 9e-2, 1e-2])):
+        case = replace(quantized("fp8-block", asked), num_tokens=16)
+        assert [tolerance(case, contender) for contender in (ours, fallback, peer)] == bounds
+        assert [rounded_tolerance(case, c) for c in (ours, fallback)] == [5e-3, 2e-2]
+        assert rounded_tolerance(replace(case, num_tokens=15), ours) == pytest.approx(1.5e-2)
+    case = quantized("fp8-block", BF16)
+    assert [tolerance(case, contender) for contender in (ours, fallback)] == [5e-3, 1e-2]
+
+
+@pytest.mark.parametrize("weights, asked", [("fp8", FP8), ("fp8-block", FP8), ("int8", INT8)])
+def test_bounds_of_rounding_are_what_rounding_shows(weights: str, asked: ActivationDtype) -> None:
+    """At Qwen3-30B-A3B's widths: neither too tight for an exact kernel nor slack."""
+    qwen = find_shape("qwen3-30b-a3b")
+    experts = replace(qwen.experts, num_experts=2)
+    shape = replace(qwen, experts=experts, routing=replace(qwen.routing, num_experts=2, top_k=2))
+    case = replace(quantized(weights, asked, shape), num_tokens=8)
+    source = LayerWeights(shape, case.weights)
+    truths = Truths.of(case, source, BatchSource(case, Spread.UNIFORM).draw())
+    assert truths.rounded is not None
+    shown = truths.errors(truths.rounded.layer, Measure.LAYER)
+    assert shown.rounded == 0
+    assert ROUNDED[asked] / 5 < shown.exact < ROUNDED[asked] / 1.2
+
+
+def test_results_are_kept_by_arithmetic(tmp_path: Path, measured: list[tuple[int, Any]]) -> None:
+    out = tmp_path / "results.jsonl"
+    for asked in (None, "fp8", "bf16", "bf16"):  # fp8 is what the format means there
+        given = options(out=out, weights="fp8-block", tokens="1", activation_dtype=asked)
+        bench_gpu(given, Hopper)
+    assert len(measured) == 2
+    found = lines_of(out)
+    assert [record["activations"] for record in found] == ["fp8"] * 4 + ["bf16"] * 4
+    keys = {result.key for line in found if (result := LayerResult.from_json(json.dumps(line)))}
+    assert len(keys) == 8
+
+
+def test_one_run_measures_several_formats_each_with_its_arithmetic(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = {"bf16": "bf16", "fp8-block": "fp8", "int4-g32": "bf16"}
+    bench_gpu(options(weights=",".join(names), tokens="1", as_json=True), Hopper)
+    told = capsys.readouterr()
+    records = [json.loads(line) for line in told.out.splitlines()]
+    assert {record["weights"]: record["activations"] for record in records} == names
+    assert "tiny, fp8-block x fp8, uniform, T=1: torch" in told.err
+    assert "1/3" in told.err and "3/3" in told.err
+
+
+@pytest.mark.parametrize(
+    "name, weights, shape, asked, reason",
+    [
+        ("sonicmoe", "fp8-block", "qwen3-30b-a3b", FP8, "runs dense experts alone"),
+        ("grouped_mm", "int4", "mixtral", BF16, "reads no int4-g128 experts here; --weights bf16"),
+        ("eager", "mxfp4", "gpt-oss-120b", BF16, "reads no mxfp4 experts here; --weights bf16"),
+        ("grouped_mm", "fp8-block", "gpt-oss-120b", FP8, "fp8 experts are plain ones"),
+        ("deepgemm", "fp8-block", "mixtral", BF16, "rounds rows to fp8, which was not asked"),
+        ("grouped_mm", "fp8-block", "mixtral", FP8, "the package kernels, which has its fp8"),
+    ],
+)
+def test_peers_that_do_not_run_quantized_experts_say_why(
+    name: str,
+    weights: str,
+    shape: str,
+    asked: ActivationDtype,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    case = replace(quantized(weights, asked, find_shape(shape)), device="cuda")
+    (contender,) = choices.find_contenders([name])
+    assert reason in str(contender.refusal(case))
+
+
+def grouped_product(
+    x: Tensor, codes: Tensor, scales: Tensor, *, offsets: Tensor, block_size: Any, **_: Any
+) -> Tensor:
+    """What the kernel of the hub computes: rows rounded in groups of 128, an expert at a time."""
+    rows = rounded_to(Code.E4M3, block_size[1])(x.float())
+    spread = scales.repeat_interleave(block_size[0], 1).repeat_interleave(block_size[1], 2)
+    weights = codes.float() * spread[:, : codes.shape[1], : codes.shape[2]]
+    out, start = [], 0
+    for expert, end in enumerate(offsets.tolist()):
+        out.append(rows[start:end] @ weights[expert].T)
+        start = end
+    return torch.cat(out).to(x.dtype)
+
+
+def test_fp8_experts_of_transformers_read_our_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8 = importlib.import_module(transformers_fp8.MODULE)
+    products = SimpleNamespace(grouped_matmul=grouped_product)
+    monkeypatch.setattr(fp8, "load_finegrained_fp8_kernel", lambda: products)
+    monkeypatch.setattr(transformers_experts, "_reads_codes", lambda case: True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "kernels" or find_spec(name, *rest)
+    )
+    case = quantized("fp8-block", FP8, WIDE)
+    (contender,) = choices.find_contenders(["grouped_mm"])
+    assert contender.refusal(case) is None
+    assert contender.weights(case) == "fp8-block"
+    assert contender.expert_bytes(case) == case.expert_bytes
+    for result in run_case(case, [contender], bench(peak=ALL_PEAKS)):
+        assert result.is_correct and result.rounded_error is not None, result
+
+
+def test_dense_copies_are_counted_by_their_own_bytes() -> None:
+    case = quantized("int4-g32", BF16)
+    both = choices.find_contenders(["torch", "grouped_mm"])
+    one_set = 32 * (case.expert_bytes + 2 * case.shape.weights_per_expert)
+    free = int(2.5 * one_set / layer_case.MEMORY_SHARE) + 2**16
+    assert sets_that_fit(case, both, StandIn(free=free))[0] == 2
 
 
 # -------------------------------------------------------------------------------------- the journal
@@ -777,6 +1210,10 @@ def test_the_table_has_a_line_for_each_contender_and_marks_what_is_wrong() -> No
     assert head.split("  ")[0] == "shape" and "experts eager" in head
     assert row.count("10.0 (9.0-12.0) 0.50") == 3
     assert "WRONG by 0.2: 10.0" in row and " - " in row
+    rounded = replace(ways[3], weights="fp8-block", activations="fp8", rounded_error=0.03)
+    _, row = results_table([rounded, replace(rounded, activations="bf16")]).splitlines()[:2]
+    assert "fp8-block x fp8" in row
+    assert "WRONG by 0.2 (0.03 with rows rounded alike): 10.0" in row
 
 
 def test_the_chart_shows_layers_in_graphs_that_are_right() -> None:
@@ -789,6 +1226,10 @@ def test_the_chart_shows_layers_in_graphs_that_are_right() -> None:
         replace(one, contender="wrong", is_correct=False),
     ]
     assert chart_lines(results) == {("tiny", "torch"): [(1, 0.5, None), (8, 0.9, None)]}
+    kinds = [one, replace(one, weights="fp8", activations="fp8"), replace(one, weights="fp8")]
+    assert [panel for panel, _ in chart_lines(kinds)] == [
+        "tiny, fp32, uniform", "tiny, fp8 x fp8, uniform", "tiny, fp8, uniform",
+    ]  # fmt: skip
     both = [one, replace(one, routing="zipf")]
     assert set(chart_lines(both)) == {
         ("tiny, fp32, uniform", "torch"),
@@ -823,6 +1264,8 @@ def test_without_a_device_one_line_says_so() -> None:
         ("--weights int3", "weight format (int3) must be one of"),
         ("--routing even", "routing (even) must be one of"),
         ("--contender vllm", "contender ('vllm') must be one of"),
+        ("--weights fp8 --activation-dtype fp4", "activation dtype (fp4) must be one of int8, fp8"),
+        ("--activation-dtype fp8", "activation dtype (fp8) must go with quantized weights; got bf"),
     ],
 )
 def test_a_wrong_word_is_told_before_a_missing_device(
@@ -845,6 +1288,7 @@ def test_help_tells_the_defaults_on_a_gpu() -> None:
     [
         (("--routing", "zipf"), "--device cuda"),
         (("--out", "x"), "--device cuda"),
+        (("--activation-dtype", "fp8"), "--device cuda"),
         (("--device", "cpu", "--minutes", "1"), "--device cuda"),
         (("--device", "cuda", "--threads", "1"), "--device cpu"),
         (("--device", "cuda", "--path", "amx"), "--device cpu"),
@@ -867,12 +1311,14 @@ def test_the_command_line_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(command, "bench_gpu", note)
     assert cli("--device", "cuda").exit_code == 1
     words = "--device cuda --shape mixtral --weights fp8 --tokens 4 --routing zipf --contender a"
-    more = "--seconds 2 --minutes 3 --out o.jsonl --png c.png --json"
+    more = "--seconds 2 --minutes 3 --out o.jsonl --png c.png --json --activation-dtype int8"
+    more += " --weights int4,mxfp4"
     cli(*words.split(), *more.split())
     assert asked == [
         GpuOptions(),
         GpuOptions(
-            shapes=["mixtral"], weights="fp8", tokens="4", routing="zipf", contenders=["a"],
+            shapes=["mixtral"], weights="fp8,int4,mxfp4", tokens="4", activation_dtype="int8",
+            routing="zipf", contenders=["a"],
             seconds=2.0, minutes=3.0, out=Path("o.jsonl"), png=Path("c.png"), as_json=True,
         ),
     ]  # fmt: skip
@@ -893,7 +1339,7 @@ def test_what_is_wrong_is_told_before_anything_runs(
     def never(*_: Any) -> None:
         raise AssertionError("the device was probed")
 
-    monkeypatch.setattr(command, "probe_peak", never)
+    monkeypatch.setattr(command, "find_peak", never)
     with pytest.raises((ConfigError, InputError), match=message):
         bench_gpu(options(**changes), StandIn)
 
@@ -901,13 +1347,31 @@ def test_what_is_wrong_is_told_before_anything_runs(
 def test_kernels_written_for_gpus_run_where_nobody_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The one that is chosen joins them where they refuse a case, each with its reason."""
     peers = ["grouped_mm", "batched_mm", "eager", "sonicmoe", "deepgemm"]
-    kernels = {"cpu": ("cpu",), "torch": None}
-    monkeypatch.setattr(choices, "kernel_names", lambda: tuple(kernels))
-    monkeypatch.setattr(choices, "get_kernel", lambda name: SimpleNamespace(devices=kernels[name]))
-    assert choices.default_on_gpu() == ["mixtura", *peers]
-    kernels["ours"] = ("cuda",)
-    assert choices.default_on_gpu() == ["ours", *peers]
+    devices = {"cpu": ("cpu",), "torch": None}
+
+    def kernel(name: str) -> SimpleNamespace:
+        def unsupported(problem: ExpertsProblem) -> str | None:
+            return None if problem.is_dense else "reads dense weights"
+
+        return SimpleNamespace(devices=devices[name], unsupported=unsupported)
+
+    monkeypatch.setattr(choices, "kernel_names", lambda: tuple(devices))
+    monkeypatch.setattr(choices, "get_kernel", kernel)
+    monkeypatch.setattr(module_of_contenders, "get_kernel", kernel)
+    assert choices.default_on_gpu(tiny()) == ["mixtura", *peers]
+    devices["ours"] = ("cuda",)
+    assert choices.default_on_gpu(tiny()) == ["ours", *peers]
+    assert choices.default_on_gpu(tiny(weights="int4")) == ["ours", "mixtura", *peers]
+
+
+def test_the_script_reads_several_formats_and_the_arithmetic() -> None:
+    read = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))["read_arguments"]
+    words = "--weights bf16 --weights fp8-block,int4 --activation-dtype int8"
+    asked = read(words.split())
+    assert (asked.weights, asked.activation_dtype) == ("bf16,fp8-block,int4", "int8")
+    assert (read([]).weights, read([]).activation_dtype) == (command.DEFAULT_WEIGHTS, None)
 
 
 WITHOUT = """

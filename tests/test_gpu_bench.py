@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtura.bench.cases import SHAPES
 from mixtura.bench.gpu.command import GpuOptions, bench_gpu
 from mixtura.bench.gpu.device import CannotCapture, CudaDevice
-from mixtura.bench.gpu.limits import nominal_limits, probe_bandwidth, probe_peak
+from mixtura.bench.gpu.limits import find_peak, nominal_limits, probe_bandwidth
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +59,26 @@ def test_limits_are_in_the_region_of_the_nominal_ones() -> None:
     if nominal is None:
         pytest.skip(f"nobody knows the limits of {device.facts().name}")
     assert nominal.bandwidth / 3 < probe_bandwidth(device).best < 3 * nominal.bandwidth
-    assert nominal.peak / 3 < probe_peak(device, torch.bfloat16) < 3 * nominal.peak
+    assert nominal.peak / 3 < find_peak(device, torch.bfloat16).rate < 3 * nominal.peak
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        peak = find_peak(device, dtype)
+        assert peak.note is None and nominal.fp8_peak / 3 < peak.rate < 3 * nominal.fp8_peak
+
+
+@pytest.mark.parametrize("weights", ["fp8-block", "fp8", "int8", "int4", "mxfp4", "nvfp4"])
+def test_quantized_layers_are_right_whoever_runs_them(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.jsonl"
+    qwen = SHAPES["qwen3-30b-a3b"]
+    small = replace(qwen, name="small", experts=replace(qwen.experts, intermediate_size=256))
+    monkeypatch.setitem(SHAPES, "small", small)
+    asked = GpuOptions(shapes=["small"], weights=weights, tokens="1,37", seconds=0.2, out=out)
+    bench_gpu(asked)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    ours = [line for line in lines if line["is_ours"] and line["relative_error"] is not None]
+    assert {line["T"] for line in ours} == {1, 37}
+    assert all(line["is_correct"] for line in ours), ours
 
 
 def test_a_run_measures_layers_and_goes_on(

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from mixtura.bench.machine import Arithmetic
-from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp, RoutingConfig, require_positive
+from mixtura.config import (
+    SWIGLU_OAI,
+    ActivationDtype,
+    ExpertsConfig,
+    GateUp,
+    RoutingConfig,
+    require_positive,
+)
 from mixtura.config.routing import (
     GroupLimit,
     NoComputeExperts,
@@ -63,6 +70,9 @@ class LayerShape:
 class Case:
     """One point of a benchmark: a layer's shape, a number of tokens, a weight format, a device.
 
+    Attributes:
+        activation_dtype: the arithmetic with quantized weights; None leaves it to the kernel.
+
     Raises:
         ConfigError: there is no token.
     """
@@ -71,6 +81,7 @@ class Case:
     num_tokens: int
     weights: WeightFormat
     device: str = "cpu"
+    activation_dtype: ActivationDtype | None = None
 
     def __post_init__(self) -> None:
         require_positive("tokens", self.num_tokens)
@@ -80,6 +91,12 @@ class Case:
         """Of the hidden states: that of dense weights, bf16 with quantized ones."""
         scheme = self.weights.scheme
         return torch.bfloat16 if scheme.is_quantized else scheme.values_dtype
+
+    @property
+    def rounds_to(self) -> ActivationDtype | None:
+        """What rows of products are rounded to by what was asked; None where they are not."""
+        is_rounded = self.activation_dtype in (ActivationDtype.INT8, ActivationDtype.FP8)
+        return self.activation_dtype if is_rounded and self.weights.scheme.is_quantized else None
 
     @property
     def arithmetic(self) -> Arithmetic:

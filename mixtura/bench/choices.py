@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixtura.bench.cases import Case
 from mixtura.bench.contenders import OURS, PREFERRED, Contender, KernelContender
 from mixtura.bench.peers.onnxruntime_moe import NAME as ONNX
 from mixtura.bench.peers.onnxruntime_moe import OnnxContender
@@ -25,14 +26,16 @@ DEFAULT = (PREFERRED, "eager", "grouped_mm", COMPILED, ONNX)
 timed."""
 
 
-def default_on_gpu() -> list[str]:
-    """Who runs on a GPU where nobody is named: every kernel of ours that is written for it.
+def default_on_gpu(case: Case) -> list[str]:
+    """Who runs a case on a GPU where nobody is named: every kernel of ours that is written for it.
 
-    Where none is, the one that is chosen; and what Transformers has.
+    Where none of them runs the case, the one that is chosen, too; and what Transformers has.
     """
     written = [name for name in kernel_names() if "cuda" in (get_kernel(name).devices or ())]
     ours = [OURS + name if name in PEERS else name for name in written]
-    return [*(ours or [PREFERRED]), "grouped_mm", "batched_mm", "eager", *HUB_KERNELS]
+    if all(contender.refusal(case) is not None for contender in find_contenders(ours)):
+        ours.append(PREFERRED)
+    return [*ours, "grouped_mm", "batched_mm", "eager", *HUB_KERNELS]
 
 
 def find_contenders(names: list[str]) -> list[Contender]:

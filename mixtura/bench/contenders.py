@@ -15,6 +15,7 @@ from mixtura.bench.cases import Case
 from mixtura.bench.machine import available_memory
 from mixtura.bench.plain_router import PlainRouter
 from mixtura.bench.weights import LayerWeights, num_weight_sets
+from mixtura.config import ActivationDtype
 from mixtura.errors import InputError, NoKernelFits
 from mixtura.experts import ExpertsOptions, RoutedExperts
 from mixtura.kernels import get_kernel, select_kernel
@@ -108,6 +109,10 @@ class Contender(ABC):
         """Whether it keeps fp32 between the products, as kernels written for a device do."""
         return False
 
+    def rounds_to(self, case: Case) -> ActivationDtype | None:
+        """What it rounds the rows of products to by itself; None where rows are 16 bits or more."""
+        return None
+
 
 @dataclass(frozen=True)
 class KernelContender(Contender):
@@ -136,12 +141,17 @@ class KernelContender(Contender):
     def rounds_once(self, case: Case) -> bool:
         return not get_kernel(self.kernel(case)).rounds_between
 
+    def rounds_to(self, case: Case) -> ActivationDtype | None:
+        return case.rounds_to
+
     def holds(self, case: Case) -> str:
         kernel = get_kernel(self.kernel(case))
         return STACKS if kernel.shares_memory else kernel.name
 
     def bind(self, layer: Layer) -> RunBatch:
-        options = ExpertsOptions(kernel=self.kernel(layer.case))
+        options = ExpertsOptions(
+            kernel=self.kernel(layer.case), activation_dtype=layer.case.activation_dtype
+        )
         experts = RoutedExperts(layer.case.shape.experts, weights=layer.stacks, options=options)
         problem = experts.problem(layer.case.dtype, needs_grad=False)
         experts.pack(experts.decide(problem).kernel)
@@ -155,6 +165,7 @@ def _problem(case: Case) -> ExpertsProblem:
         schemes=(scheme,),
         row_dtype=case.dtype,
         device=case.device,
+        activation_dtype=case.activation_dtype,
     )
 
 

@@ -149,8 +149,16 @@ def _bind(
 
 
 @torch.no_grad()
-def true_output(source: LayerWeights, batch: ExpertBatch, layer: int = 0) -> Tensor:
-    """The layer in fp32 on the weights that the format stands for, by expert. -> (M,H) fp32."""
+def true_output(
+    source: LayerWeights,
+    batch: ExpertBatch,
+    layer: int = 0,
+    round_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:
+    """The layer in fp32 on the weights that the format stands for, by expert. -> (M,H) fp32.
+
+    `round_rows` is what becomes of rows before each product, fp32 to fp32.
+    """
     config = source.shape.experts
 
     def project(role: str, bias_role: str, expert: int, x: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ def true_output(source: LayerWeights, batch: ExpertBatch, layer: int = 0) -> Ten
         bias = source.true_bias(bias_role, layer, expert)
         return y if bias is None else y + bias
 
-    rows = batch.hidden_states.float()
+    rows = round_rows(batch.hidden_states.float())
     out = torch.zeros_like(rows)
     for expert in range(config.num_experts):
         tokens, slots = (batch.local_ids == expert).nonzero(as_tuple=True)
@@ -168,6 +176,7 @@ def true_output(source: LayerWeights, batch: ExpertBatch, layer: int = 0) -> Ten
         gate, up = split_gate_up(project("gate_up_proj", "gate_up_bias", expert, x), config.gate_up)
         if "up_proj" in source.shape.matrices:
             up = project("up_proj", "", expert, x)
-        y = project("down_proj", "down_bias", expert, activate(gate, up, config.activation))
+        hidden = round_rows(activate(gate, up, config.activation))
+        y = project("down_proj", "down_bias", expert, hidden)
         out.index_add_(0, tokens, y * batch.topk_weights[tokens, slots, None].float())
     return out

@@ -61,10 +61,10 @@ def bench(
         ),
     ] = None,
     weights: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help=f"Weight formats, with commas; generate: one. Default: {DEFAULT_WEIGHTS}; "
-            "cuda: bf16; generate: as stored."
+            help="Weight formats, with commas or repeatable; generate: one. Default: "
+            f"{DEFAULT_WEIGHTS}; cuda: bf16; generate: as stored."
         ),
     ] = None,
     tokens: Annotated[
@@ -92,6 +92,13 @@ def bench(
         str | None,
         typer.Option(
             help="cuda: how choices spread over experts, uniform or zipf. Default: uniform."
+        ),
+    ] = None,
+    activation_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda: the arithmetic with quantized weights, int8, fp8 or bf16. Default: what "
+            "the format means, fp8 of fp8 weights, else bf16."
         ),
     ] = None,
     out: Annotated[
@@ -142,15 +149,20 @@ def bench(
         "--new-tokens": new_tokens,
     }  # fmt: skip
     for_cpu = {"--threads": threads, "--path": path}
-    for_cuda = {"--routing": routing, "--out": out, "--minutes": minutes}
+    for_cuda = {
+        "--routing": routing, "--out": out, "--minutes": minutes,
+        "--activation-dtype": activation_dtype,
+    }  # fmt: skip
+    formats = ",".join(weights) if weights else None
     is_experts, is_cuda = subject is Subject.EXPERTS, device is DeviceType.CUDA
     other = Subject.GENERATE if is_experts else Subject.EXPERTS
     refuse(for_generate if is_experts else for_experts, f"mixtura bench {other}")
     refuse(for_cpu if is_cuda else for_cuda, f"--device {'cpu' if is_cuda else 'cuda'}")
     if is_cuda:
         asked = {
-            "shapes": shape, "weights": weights, "tokens": tokens, "contenders": contender,
+            "shapes": shape, "weights": formats, "tokens": tokens, "contenders": contender,
             "seconds": seconds, "png": png, "routing": routing, "out": out, "minutes": minutes,
+            "activation_dtype": activation_dtype,
         }  # fmt: skip
         return bench_cuda(asked, as_json=as_json)
     with quiet(debug):
@@ -161,7 +173,7 @@ def bench(
         if is_experts:
             bench_experts(
                 shape or [DEFAULT_SHAPE],
-                weights or DEFAULT_WEIGHTS,
+                formats or DEFAULT_WEIGHTS,
                 tokens or DEFAULT_TOKENS,
                 contender,
                 DEFAULT_SECONDS if seconds is None else seconds,
@@ -171,7 +183,7 @@ def bench(
         else:
             bench_generate(
                 model_or_demo(model),
-                {"weights": weights, "linears": linears},
+                {"weights": formats, "linears": linears},
                 prompt_tokens or DEFAULT_PROMPT,
                 new_tokens or DEFAULT_NEW,
                 as_json=as_json,

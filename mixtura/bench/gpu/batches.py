@@ -6,6 +6,7 @@ without replacement: even ones hit experts as uniform routing does, skewed ones 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -148,8 +149,12 @@ class Truth:
     layer: Tensor
 
     @staticmethod
-    def of(source: LayerWeights, batch: LayerBatch) -> Truth:
-        """The truth about layer 0."""
+    def of(
+        source: LayerWeights,
+        batch: LayerBatch,
+        round_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> Truth:
+        """The truth about layer 0; `round_rows` is as in `true_output`."""
         num_tokens = batch.hidden_states.shape[0]
         count = min(CHECKED_TOKENS, num_tokens)
         rows = torch.linspace(0, num_tokens - 1, count, device=batch.hidden_states.device).long()
@@ -157,7 +162,7 @@ class Truth:
         some = ExpertBatch(
             given.hidden_states[rows], given.local_ids[rows], given.topk_weights[rows]
         )
-        experts = layer = true_output(source, some)
+        experts = layer = true_output(source, some, round_rows=round_rows)
         bypass = batch.routing.bypass
         if bypass is not None:
             assert bypass.identity_weight is not None

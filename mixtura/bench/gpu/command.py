@@ -13,11 +13,17 @@ from mixtura.bench.cases import Case, find_cases
 from mixtura.bench.chart import check_writable, draw_lines, require_matplotlib
 from mixtura.bench.choices import default_on_gpu, find_contenders
 from mixtura.bench.contenders import Contender
+from mixtura.bench.gpu.arithmetic import (
+    NAMES,
+    activation_dtype_of,
+    parse_activation_dtype,
+    product_dtype,
+)
 from mixtura.bench.gpu.batches import Spread
 from mixtura.bench.gpu.device import CudaDevice, Device
 from mixtura.bench.gpu.journal import Journal
 from mixtura.bench.gpu.layer_case import Bench, DeviceLost, run_case
-from mixtura.bench.gpu.limits import probe_bandwidth, probe_peak
+from mixtura.bench.gpu.limits import find_peak, probe_bandwidth
 from mixtura.bench.gpu.results import (
     Key,
     LayerResult,
@@ -29,6 +35,7 @@ from mixtura.bench.gpu.results import (
 )
 from mixtura.bench.gpu.rotation import Measure, Mode
 from mixtura.bench.gpu.table import case_line, chart_lines, notes, place_summary, results_table
+from mixtura.config import ActivationDtype
 
 DEFAULT_SHAPE = "qwen3-30b-a3b"
 DEFAULT_WEIGHTS = "bf16"
@@ -45,6 +52,8 @@ class GpuOptions:
     """What is asked for.
 
     Attributes:
+        weights: formats, with commas.
+        activation_dtype: the arithmetic with quantized weights; None is what a format means.
         contenders: names; none are the default ones.
         seconds: for the timing of a case.
         minutes: after which no case is begun; None is no limit.
@@ -53,6 +62,7 @@ class GpuOptions:
 
     shapes: Sequence[str] = (DEFAULT_SHAPE,)
     weights: str = DEFAULT_WEIGHTS
+    activation_dtype: str | None = None
     tokens: str = DEFAULT_TOKENS
     routing: str = Spread.UNIFORM.value
     contenders: Sequence[str] = ()
@@ -72,27 +82,29 @@ def bench_gpu(options: GpuOptions, open_device: Callable[[], Device] = CudaDevic
     """
     cases = find_cases(list(options.shapes), options.weights, options.tokens)
     spread = Spread.parse(options.routing)
-    contenders = find_contenders(list(options.contenders) or default_on_gpu())
+    formats = list(dict.fromkeys(case.weights for case in cases))
+    asked = parse_activation_dtype(options.activation_dtype, formats)
+    named = find_contenders(list(options.contenders))
     device = open_device()
-    cases = [dataclasses.replace(case, device=device.type) for case in cases]
+    cases = [on_device(case, device, asked) for case in cases]
+    turns = [Turn(case, named or find_contenders(default_on_gpu(case))) for case in cases]
     if options.png is not None:
         require_matplotlib()
         check_writable(options.png)
     place = find_place(device)
     journal = Journal(options.out, place)
-    dtypes = dict.fromkeys(case.dtype for case in cases)
+    dtypes = dict.fromkeys(product_dtype(case) for case in cases)
     bench = Bench(
         device=device,
         place=place,
-        peak={dtype: probe_peak(device, dtype) for dtype in dtypes},
+        peak={dtype: find_peak(device, dtype) for dtype in dtypes},
         spread=spread,
         seconds=options.seconds,
     )
-    peaks = {str(dtype).removeprefix("torch."): peak for dtype, peak in bench.peak.items()}
-    _say(place_summary(place, probe_bandwidth(device), peaks))
+    _say(place_summary(place, probe_bandwidth(device), bench.peak))
     is_lost = False
     try:
-        for number, results in enumerate(run_cases(cases, contenders, bench, journal, options), 1):
+        for number, results in enumerate(run_cases(turns, bench, journal, options), 1):
             if options.as_json:
                 print(*(result.to_json() for result in results), sep="\n", flush=True)
             if results:
@@ -101,10 +113,24 @@ def bench_gpu(options: GpuOptions, open_device: Callable[[], Device] = CudaDevic
         is_lost = True
         _say(f"the device was lost: {lost}. What is known is kept; run the command again to go on.")
     finally:
-        found = asked_results(cases, contenders, spread, journal)
+        found = asked_results(turns, spread, journal)
         show(found, options)
     is_wrong = any(result.is_correct is False for result in found)
     return 1 if is_lost or is_wrong else 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A case, and who runs it."""
+
+    case: Case
+    contenders: Sequence[Contender]
+
+
+def on_device(case: Case, device: Device, asked: ActivationDtype | None) -> Case:
+    """A case on a device, with the arithmetic that it has there."""
+    arithmetic = activation_dtype_of(case.weights, asked, device.facts().capability)
+    return dataclasses.replace(case, device=device.type, activation_dtype=arithmetic)
 
 
 def find_place(device: Device) -> Place:
@@ -119,11 +145,7 @@ def find_place(device: Device) -> Place:
 
 
 def run_cases(
-    cases: Sequence[Case],
-    contenders: Sequence[Contender],
-    bench: Bench,
-    journal: Journal,
-    options: GpuOptions,
+    turns: Sequence[Turn], bench: Bench, journal: Journal, options: GpuOptions
 ) -> Iterator[list[LayerResult]]:
     """Run what the journal lacks, case by case; yields the new results of each.
 
@@ -133,12 +155,13 @@ def run_cases(
         DeviceLost: nothing runs on the device any more.
     """
     begun, longest = time.monotonic(), 0.0
-    for number, case in enumerate(cases):
-        missing = [c for c in contenders if not journal.has(keys_of(case, c, bench.spread))]
+    for number, turn in enumerate(turns):
+        case = turn.case
+        missing = [c for c in turn.contenders if not journal.has(keys_of(case, c, bench.spread))]
         start = time.monotonic()
         limit = None if options.minutes is None else begun + 60 * options.minutes
         if missing and limit is not None and start + longest > limit:
-            _say(f"stopped by the time limit: {number} of {len(cases)} cases are done.")
+            _say(f"stopped by the time limit: {number} of {len(turns)} cases are done.")
             return
         results: list[LayerResult] = []
         try:
@@ -154,16 +177,15 @@ def run_cases(
 
 def keys_of(case: Case, contender: Contender, spread: Spread) -> list[Key]:
     """What a contender's results on a case are known by."""
-    about = (case.shape.name, str(case.num_tokens), case.weights.value, spread.value)
+    operands = (case.weights.value, NAMES[product_dtype(case)])
+    about = (case.shape.name, str(case.num_tokens), *operands, spread.value)
     return [(*about, contender.name, m.value, mode.value) for m in Measure for mode in Mode]
 
 
-def asked_results(
-    cases: Sequence[Case], contenders: Sequence[Contender], spread: Spread, journal: Journal
-) -> list[LayerResult]:
+def asked_results(turns: Sequence[Turn], spread: Spread, journal: Journal) -> list[LayerResult]:
     """Those in the journal that this run asks for, in its order."""
     there = {result.key: result for result in journal.results}
-    keys = [key for case in cases for c in contenders for key in keys_of(case, c, spread)]
+    keys = [key for turn in turns for c in turn.contenders for key in keys_of(turn.case, c, spread)]
     return [there[key] for key in keys if key in there]
 
 

@@ -15,10 +15,11 @@ import torch
 
 from mixtura.bench.cases import Case
 from mixtura.bench.contenders import STACKS, Contender, Layer
-from mixtura.bench.experts import DENSE_TOLERANCE
-from mixtura.bench.gpu.batches import BatchSource, LayerBatch, Spread, Truth
+from mixtura.bench.gpu.arithmetic import NAMES, product_dtype
+from mixtura.bench.gpu.batches import BatchSource, LayerBatch, Spread
+from mixtura.bench.gpu.checks import Errors, Truths
 from mixtura.bench.gpu.device import CannotCapture, Device, first_line
-from mixtura.bench.gpu.limits import Bandwidth, nominal_limits, probe_bandwidth
+from mixtura.bench.gpu.limits import Bandwidth, Peak, nominal_limits, probe_bandwidth
 from mixtura.bench.gpu.results import LayerResult, Place, floor_keys, time_keys
 from mixtura.bench.gpu.rotation import (
     Given,
@@ -26,7 +27,6 @@ from mixtura.bench.gpu.rotation import (
     Mode,
     Rotation,
     bind,
-    error_of,
     num_steps,
     poison,
 )
@@ -55,13 +55,6 @@ WARM_UP_SHARE = 0.1
 MOST_SHARES = 6
 """A peer whose few repetitions would take so many times its share of the time is left out."""
 
-CLOSE_BF16 = 5e-3
-"""Relative error in bf16 of who keeps fp32 between the products and in sums: rounding activated
-rows and the output shows 2.4e-3 (Qwen3-30B-A3B's and gpt-oss's widths, K 8 and 4)."""
-
-PLAIN_BF16 = 1e-2
-"""Of who rounds gate, up, every expert's rows, routing weights and sums: it shows up to 5.9e-3."""
-
 
 class DeviceLost(Exception):
     """The device answers no more; `results` are what is known of the case."""
@@ -76,13 +69,13 @@ class Bench:
     """What all cases of a run share.
 
     Attributes:
-        peak: operations per second by dtype, measured.
+        peak: of dense products by the dtype that is multiplied, measured.
         seconds: for the timing of a case.
     """
 
     device: Device
     place: Place
-    peak: dict[torch.dtype, float]
+    peak: dict[torch.dtype, Peak]
     spread: Spread
     seconds: float
 
@@ -102,12 +95,13 @@ def sets_that_fit(case: Case, contenders: Sequence[Contender], device: Device) -
     """(sets of weights to rotate through, sets that would do)."""
     cold_bytes = COLD_CACHES * device.facts().cache_bytes
     wanted = max(LEAST_SETS, num_cold_sets(case, case.expert_bytes, cold_bytes))
+    kept = {contender.holds(case): contender.expert_bytes(case) for contender in contenders}
+    each = sum({STACKS: case.expert_bytes, **kept}.values())
     experts = case.shape.experts
     widest = max(experts.hidden_size, experts.up_size)
     row_bytes = ROW_COPIES * case.num_slots * widest * case.dtype.itemsize
     budget = MEMORY_SHARE * device.free_bytes() - row_bytes
-    num_copies = len({STACKS, *(contender.holds(case) for contender in contenders)})
-    fitting = int(budget // (num_copies * experts.num_experts * case.expert_bytes))
+    fitting = int(budget // (experts.num_experts * each))
     return min(wanted, max(fitting, 0)), wanted
 
 
@@ -126,13 +120,6 @@ def floor_of(case: Case, batches: Sequence[LayerBatch], bandwidth: float, peak: 
     )
 
 
-def tolerance(case: Case, contender: Contender) -> float:
-    """The largest relative error of a correct result."""
-    if case.dtype is not torch.bfloat16:
-        return DENSE_TOLERANCE[case.dtype]
-    return CLOSE_BF16 if contender.rounds_once(case) else PLAIN_BF16
-
-
 Call = tuple[str, Measure, Mode]
 """A contender's name, and what of it is timed."""
 
@@ -145,7 +132,7 @@ class CaseRun:
         self.device = bench.device
         self.refused: dict[str, str] = {}
         self.refused_calls: dict[Call, str] = {}
-        self.errors: dict[tuple[str, Measure], float] = {}
+        self.errors: dict[tuple[str, Measure], Errors] = {}
         self.timings: dict[Call, Timing] = {}
         self.state: dict[str, float] | None = None
         self.kernels = {contender.name: contender.name for contender in contenders}
@@ -183,7 +170,7 @@ class CaseRun:
         case = self.case
         weights = LayerWeights(case.shape, case.weights, device=case.device)
         layers = [Layer(case, weights, number) for number in range(self.num_sets)]
-        truths = [Truth.of(weights, batch) for batch in (self.batches[0], half)]
+        truths = [Truths.of(case, weights, batch) for batch in (self.batches[0], half)]
         given = Given(case, layers, self.batches, half, source.tensors, self.steps)
         self._time(self._calls(running, given, truths))
 
@@ -199,7 +186,7 @@ class CaseRun:
         return reason is None
 
     def _calls(
-        self, running: Sequence[Contender], given: Given, truths: Sequence[Truth]
+        self, running: Sequence[Contender], given: Given, truths: Sequence[Truths]
     ) -> dict[Call, Callable[[], object]]:
         """What is timed: everything of the contenders that ran, checked and captured."""
         calls: dict[Call, Callable[[], object]] = {}
@@ -211,7 +198,7 @@ class CaseRun:
         return calls
 
     def _bind(
-        self, contender: Contender, given: Given, truths: Sequence[Truth]
+        self, contender: Contender, given: Given, truths: Sequence[Truths]
     ) -> dict[Call, Callable[[], object]]:
         calls: dict[Call, Callable[[], object]] = {}
         for measure, rotation in bind(contender, given).items():
@@ -226,17 +213,19 @@ class CaseRun:
                 for _ in range(2):  # what a replay leaves behind must not hurt the next
                     graph.output.fill_(torch.nan)
                     graph.replay()
-                errors.append(error_of(graph.output, truths[0], measure))
+                errors.append(truths[0].errors(graph.output, measure))
                 calls[contender.name, measure, Mode.GRAPH] = graph.replay
-            self.errors[contender.name, measure] = max(errors)
+            self.errors[contender.name, measure] = Errors.worst(errors)
         return {call: run for call, run in calls.items() if self._is_worth_it(contender, call, run)}
 
-    def _errors(self, rotation: Rotation, measure: Measure, truths: Sequence[Truth]) -> list[float]:
+    def _errors(
+        self, rotation: Rotation, measure: Measure, truths: Sequence[Truths]
+    ) -> list[Errors]:
         """Of layer 0 on a batch, and on one that leaves half of the experts alone."""
         poison(self.case)
-        whole = error_of(rotation.run(), truths[0], measure)
+        whole = truths[0].errors(rotation.run(), measure)
         poison(self.case)
-        return [whole, error_of(rotation.run_half(), truths[1], measure)]
+        return [whole, truths[1].errors(rotation.run_half(), measure)]
 
     def _is_worth_it(self, contender: Contender, call: Call, run: Callable[[], object]) -> bool:
         """Whether its share of the time is enough for a median; ours are timed in any case."""
@@ -285,15 +274,24 @@ class CaseRun:
         return None
 
     def _floor(self) -> Floor:
-        peak = self.bench.peak[self.case.dtype]
-        floor = floor_of(self.case, self.batches, self.before.best, peak)
+        floor = floor_of(self.case, self.batches, self.before.best, self._peak.rate)
         return replace(floor, bandwidth_after=self.after.best)
 
     def _nominal_seconds(self) -> float | None:
         limits = nominal_limits(self.bench.place.device["name"])
-        if limits is None or self.case.dtype is torch.float32:
+        peak = None if limits is None else limits.peak_of(product_dtype(self.case))
+        if limits is None or peak is None:
             return None
-        return floor_of(self.case, self.batches, limits.bandwidth, limits.peak).seconds
+        return floor_of(self.case, self.batches, limits.bandwidth, peak).seconds
+
+    @property
+    def _peak(self) -> Peak:
+        return self.bench.peak[product_dtype(self.case)]
+
+    def _note(self) -> str | None:
+        is_short = 0 < self.num_sets < self.wanted_sets
+        sets = f"memory for {self.num_sets} of {self.wanted_sets} sets" if is_short else None
+        return "; ".join(filter(None, (sets, self._peak.note))) or None
 
     def _results(self, contenders: Sequence[Contender] | None = None) -> list[LayerResult]:
         """All results of these contenders, or of everybody."""
@@ -309,14 +307,14 @@ class CaseRun:
         is_refused = contender.name in self.refused
         refusal = self.refused.get(contender.name) or self.refused_calls.get(call)
         timing = None if refusal else self.timings.get(call)
-        error = None if is_refused else self.errors.get((contender.name, measure))
-        is_short = 0 < self.num_sets < self.wanted_sets
+        errors = None if is_refused else self.errors.get((contender.name, measure))
         floor, nominal = self._floor(), self._nominal_seconds()
         return LayerResult(
             shape=case.shape.name,
             T=case.num_tokens,
             dtype=str(case.dtype).removeprefix("torch."),
             weights=case.weights.value,
+            activations=NAMES[product_dtype(case)],
             routing=self.bench.spread.value,
             contender=contender.name,
             measure=measure.value,
@@ -324,8 +322,9 @@ class CaseRun:
             kernel=self.kernels[contender.name],
             is_ours=contender.is_ours,
             refusal=refusal,
-            relative_error=error,
-            is_correct=None if error is None else error <= tolerance(case, contender),
+            relative_error=None if errors is None else errors.exact,
+            rounded_error=None if errors is None else errors.rounded_of(case, contender),
+            is_correct=None if errors is None else errors.are_small(case, contender),
             **floor_keys(floor, nominal, self.before, self.after),
             **({} if timing is None else time_keys(timing.per(self.steps), floor, nominal)),
             experts_hit=floor.weight_bytes / case.expert_bytes,
@@ -333,7 +332,7 @@ class CaseRun:
             layers=self.steps,
             weight_sets=self.num_sets,
             batches=len(self.batches),
-            note=f"memory for {self.num_sets} of {self.wanted_sets} sets" if is_short else None,
+            note=self._note(),
             state=self.state,
             place=self.bench.place,
         )

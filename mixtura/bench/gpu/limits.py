@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixtura.bench.gpu.device import Device
+from mixtura.bench.gpu.arithmetic import NAMES
+from mixtura.bench.gpu.device import Device, first_line
 
 PROBES = 10
 """Samples of a probe; each takes about a millisecond on a data-centre GPU."""
@@ -24,14 +25,28 @@ class Nominal:
     """Limits that well-tuned programs reach on a part.
 
     Attributes:
-        bandwidth: bytes per second. peak: operations per second in bf16 and fp16.
+        bandwidth: bytes per second. peak: operations per second in bf16 and fp16. fp8_peak: of
+            e4m3 codes.
     """
 
     bandwidth: float
     peak: float
+    fp8_peak: float
+
+    def peak_of(self, dtype: torch.dtype) -> float | None:
+        """Operations per second of products of that dtype; None where nobody has published any."""
+        peaks = {
+            torch.bfloat16: self.peak,
+            torch.float16: self.peak,
+            torch.float8_e4m3fn: self.fp8_peak,
+        }
+        return peaks.get(dtype)
 
 
-NOMINAL = {"H200": Nominal(4.3e12, 790e12), "H100 80GB HBM3": Nominal(3.0e12, 700e12)}
+NOMINAL = {
+    "H200": Nominal(4.3e12, 790e12, 1500e12),
+    "H100 80GB HBM3": Nominal(3.0e12, 700e12, 1350e12),
+}
 """By a part of the device's name: what published copies and dense products reach."""
 
 
@@ -64,12 +79,59 @@ def probe_bandwidth(device: Device) -> Bandwidth:
     return Bandwidth(copy=2 * size / copy, read=size / read)
 
 
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Operations per second of a dense product.
+
+    Attributes:
+        note: what must be known of it, where it is another dtype's.
+    """
+
+    rate: float
+    note: str | None = None
+
+
+def find_peak(device: Device, dtype: torch.dtype) -> Peak:
+    """That of a dtype; of bf16 where the device or torch has no product of fp8 or int8."""
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return Peak(probe_peak(device, dtype))
+    try:
+        return Peak(probe_peak(device, dtype))
+    except Exception as error:  # torch has no promise about these
+        reason = f"no dense product of {NAMES[dtype]} runs here ({first_line(error)})"
+    return Peak(probe_peak(device, torch.bfloat16), f"{reason}: the floor has the peak of bf16")
+
+
 def probe_peak(device: Device, dtype: torch.dtype) -> float:
-    """Operations per second of a square product of N(0,1) data, `matrix_size` on a side."""
-    size = device.matrix_size
-    left, right = (_random(device, dtype, size, size, seed=seed) for seed in range(2))
-    out = torch.empty_like(left)
-    return 2 * size**3 / _median(device, functools.partial(torch.mm, left, right, out=out))
+    """Operations per second of a square product of random data, `matrix_size` on a side.
+
+    Data are N(0,1), rounded to e4m3 codes where those are multiplied; int8 codes are uniform.
+    """
+    return 2 * device.matrix_size**3 / _median(device, _product(device, dtype))
+
+
+def _product(device: Device, dtype: torch.dtype) -> Callable[[], object]:
+    """The second matrix of 8-bit codes is stored by columns, as their products want it."""
+    shape = (device.matrix_size, device.matrix_size)
+    if dtype is torch.int8:
+        left, right = (_random_int8(device, shape, seed) for seed in range(2))
+        return functools.partial(torch._int_mm, left, right.t())
+    if dtype is torch.float8_e4m3fn:
+        left, right = (_random(device, torch.float32, *shape, seed=s).to(dtype) for s in range(2))
+        one = torch.ones((), device=device.type)
+        return functools.partial(
+            torch._scaled_mm, left, right.t(), one, one,
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+    left, right = (_random(device, dtype, *shape, seed=seed) for seed in range(2))
+    return functools.partial(torch.mm, left, right, out=torch.empty_like(left))
+
+
+def _random_int8(device: Device, shape: tuple[int, int], seed: int) -> Tensor:
+    generator = torch.Generator(device.type).manual_seed(seed)
+    return torch.randint(
+        -128, 128, shape, generator=generator, device=device.type, dtype=torch.int8
+    )
 
 
 def _random(device: Device, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mixtura.bench.gpu.arithmetic import ROUNDED_TO
 from mixtura.bench.gpu.limits import Bandwidth
 from mixtura.bench.measure import Timing
 from mixtura.bench.results import Floor
@@ -30,7 +31,7 @@ DIGEST = 12
 """Digits of a digest."""
 
 Key = tuple[str, ...]
-"""Shape, tokens, weights, routing, contender, measure, mode."""
+"""Shape, tokens, weights, activations, routing, contender, measure, mode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,7 @@ class LayerResult:
     T: int
     dtype: str
     weights: str
+    activations: str
     routing: str
     contender: str
     measure: str
@@ -80,6 +82,7 @@ class LayerResult:
     is_ours: bool
     refusal: str | None = None
     relative_error: float | None = None
+    rounded_error: float | None = None
     is_correct: bool | None = None
     us: float | None = None
     us_p10: float | None = None
@@ -110,8 +113,14 @@ class LayerResult:
     @property
     def key(self) -> Key:
         """What it is of."""
-        case = (self.shape, str(self.T), self.weights, self.routing)
+        case = (self.shape, str(self.T), self.weights, self.activations, self.routing)
         return (*case, self.contender, self.measure, self.mode)
+
+    @property
+    def operands(self) -> str:
+        """The weights, and what rows are rounded to where they are: "fp8-block x fp8"."""
+        is_rounded = self.activations in ROUNDED_TO
+        return f"{self.weights} x {self.activations}" if is_rounded else self.weights
 
     def to_json(self) -> str:
         """One line."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from mixtura.bench.chart import Points
-from mixtura.bench.gpu.limits import Bandwidth
+from mixtura.bench.gpu.arithmetic import NAMES
+from mixtura.bench.gpu.limits import Bandwidth, Peak
 from mixtura.bench.gpu.results import LayerResult, Place
 from mixtura.bench.gpu.rotation import Measure, Mode
 
 COLUMNS = [(measure, mode) for measure in Measure for mode in Mode]
 
 
-def place_summary(place: Place, bandwidth: Bandwidth, peak: dict[str, float]) -> str:
+def place_summary(place: Place, bandwidth: Bandwidth, peak: Mapping[torch.dtype, Peak]) -> str:
     """Two lines: what the device is, and what its limits are."""
     device = place.device
     versions = ", ".join(f"{name} {version}" for name, version in place.versions.items() if version)
-    peaks = ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in peak.items())
+    peaks = ", ".join(
+        f"{NAMES[dtype]} {found.rate / 1e12:.0f}{'' if found.note is None else ' (of bf16)'}"
+        for dtype, found in peak.items()
+    )
     return (
         f"{device['name']} ({device['capability']}, driver {device['driver'] or 'unknown'}); "
         f"{versions}; sources {place.sources}, commit {place.commit or 'unknown'}, "
@@ -37,7 +43,7 @@ def case_line(results: Sequence[LayerResult]) -> str:
         ]
         best = min(timed, key=lambda result: result.us or 0.0, default=None)
         said.append(f"{name} -" if best is None else f"{name} {_time(best)} {best.mode}")
-    return f"{first.shape}, {first.weights}, {first.routing}, T={first.T}: {'; '.join(said)}"
+    return f"{first.shape}, {first.operands}, {first.routing}, T={first.T}: {'; '.join(said)}"
 
 
 def results_table(results: Sequence[LayerResult]) -> str:
@@ -46,7 +52,8 @@ def results_table(results: Sequence[LayerResult]) -> str:
     head += [f"{measure} {mode}" for measure, mode in COLUMNS]
     rows: dict[tuple[str, ...], list[str]] = {}
     for result in results:
-        key = (*result.key[:1], *result.key[2:4], result.key[1], result.contender)
+        case = (result.shape, result.operands, result.routing, str(result.T))
+        key = (*case, result.contender)
         row = rows.setdefault(key, [*key, f"{result.floor_us:.1f}", *("-" for _ in COLUMNS)])
         row[6 + COLUMNS.index((Measure(result.measure), Mode(result.mode)))] = _time(result)
     lines = [head, *rows.values()]
@@ -75,10 +82,10 @@ def chart_lines(results: Sequence[LayerResult]) -> dict[tuple[str, str], Points]
     """The layer's share of the floor in a graph: a panel for each shape, a line per contender."""
     found: dict[tuple[str, str], Points] = {}
     timed = [r for r in results if (r.measure, r.mode) == (Measure.LAYER, Mode.GRAPH)]
-    kinds = {(result.weights, result.routing) for result in timed}
+    kinds = {(result.operands, result.routing) for result in timed}
     for result in timed:
         if result.share_of_floor is not None and result.is_correct:
-            several = f", {result.weights}, {result.routing}" if len(kinds) > 1 else ""
+            several = f", {result.operands}, {result.routing}" if len(kinds) > 1 else ""
             line = found.setdefault((f"{result.shape}{several}", result.contender), [])
             line.append((result.T, result.share_of_floor, None))
     return {key: sorted(points) for key, points in found.items()}
@@ -88,4 +95,7 @@ def _time(of: LayerResult) -> str:
     if of.us is None or of.us_p10 is None or of.us_p90 is None:
         return "-"
     text = f"{of.us:.1f} ({of.us_p10:.1f}-{of.us_p90:.1f}) {of.share_of_floor:.2f}"
-    return text if of.is_correct else f"WRONG by {of.relative_error:.2g}: {text}"
+    if of.is_correct:
+        return text
+    alike = "" if of.rounded_error is None else f" ({of.rounded_error:.2g} with rows rounded alike)"
+    return f"WRONG by {of.relative_error:.2g}{alike}: {text}"

@@ -1,4 +1,4 @@
-"""The experts implementations of Transformers, which read dense weights.
+"""The experts implementations of Transformers, which read dense weights but for fp8 on a GPU.
 
 Transformers is imported when a contender is first asked about a case: peers are optional.
 """
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mixtura.bench.cases import Case
 from mixtura.bench.contenders import STACKS, Contender, Layer, RunBatch
 from mixtura.bench.machine import free_bytes
-from mixtura.config import SWIGLU_OAI, ExpertsConfig, GateUp
+from mixtura.bench.peers import transformers_fp8
+from mixtura.config import SWIGLU_OAI, ActivationDtype, ExpertsConfig, GateUp
 from mixtura.experts.storage import default_storage, tensor_of
 from mixtura.quant.formats import WeightFormat
 from mixtura.types import ExpertBatch
@@ -49,13 +50,16 @@ MEMORY_SHARE = 0.5
 class TransformersContender(Contender):
     """An experts implementation of Transformers, on a module with the same arithmetic.
 
-    Quantized experts are dequantized first: Transformers has no kernel for them on CPUs.
+    Quantized experts are dequantized first on a CPU, for which Transformers has no kernel; on a GPU
+    they are read as they are, or not at all.
     """
 
     name: str
     is_ours: bool = False
 
     def refusal(self, case: Case) -> str | None:
+        if _reads_codes(case):
+            return transformers_fp8.refusal(self.name, case)
         name = _module_name(case.shape.experts)
         if name is None:
             return "Transformers has no module for these experts here"
@@ -75,6 +79,8 @@ class TransformersContender(Contender):
         return None
 
     def weights(self, case: Case) -> str:
+        if _reads_codes(case):
+            return case.weights.value
         names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
         return names[case.dtype]
 
@@ -82,16 +88,16 @@ class TransformersContender(Contender):
         return case.shape.expert_bytes(WeightFormat.parse(self.weights(case)).scheme)
 
     def holds(self, case: Case) -> str:
-        return "dense" if case.weights.scheme.is_quantized else STACKS
+        is_copy = case.weights.scheme.is_quantized and not _reads_codes(case)
+        return "dense" if is_copy else STACKS
+
+    def rounds_to(self, case: Case) -> ActivationDtype | None:
+        return ActivationDtype.FP8 if _reads_codes(case) else None
 
     def bind(self, layer: Layer) -> RunBatch:
-        config = layer.case.shape.experts
-        experts: Any = _build(config, self.name.removesuffix("-compiled"))
-        for role, stored in default_storage(config).items():
-            tensor = tensor_of(layer.dense_stacks, role)
-            is_turned = stored.is_transposed and tensor.ndim == 3
-            tensor = tensor.transpose(1, 2) if is_turned else tensor
-            setattr(experts, stored.path, nn.Parameter(tensor, requires_grad=False))
+        name = self.name.removesuffix("-compiled")
+        is_fp8 = _reads_codes(layer.case)
+        experts: Any = transformers_fp8.bind(name, layer) if is_fp8 else _bind_dense(name, layer)
         if layer.case.shape.routing.no_compute is not None:
             experts._is_expert_parallel = True  # then ids may be those of no expert
         run: Any = experts
@@ -117,6 +123,23 @@ class TransformersContender(Contender):
             ids = torch.where(ids < 0, case.shape.experts.num_experts, ids)
         weights = batch.topk_weights.to(batch.hidden_states.dtype)
         return ExpertBatch(batch.hidden_states, ids, weights)
+
+
+def _reads_codes(case: Case) -> bool:
+    """Whether quantized weights are to be read as they are."""
+    return case.device != "cpu" and case.weights.scheme.is_quantized
+
+
+def _bind_dense(implementation: str, layer: Layer) -> nn.Module:
+    """The module on the dense weights of a layer, which it shares."""
+    config = layer.case.shape.experts
+    experts = _build(config, implementation)
+    for role, stored in default_storage(config).items():
+        tensor = tensor_of(layer.dense_stacks, role)
+        is_turned = stored.is_transposed and tensor.ndim == 3
+        tensor = tensor.transpose(1, 2) if is_turned else tensor
+        setattr(experts, stored.path, nn.Parameter(tensor, requires_grad=False))
+    return experts
 
 
 def _build(config: ExpertsConfig, implementation: str) -> nn.Module:
