@@ -333,6 +333,11 @@ class ExpertWeights:
         return tuple(dict.fromkeys(matrix.scheme for matrix in self.projections()))
 
     @property
+    def has_unlike_gate_up(self) -> bool:
+        """Whether gate and up are stored apart, in two schemes."""
+        return self.up_proj is not None and self.up_proj.scheme != self.gate_up_proj.scheme
+
+    @property
     def scheme(self) -> str:
         """The projections' schemes in words, `DENSE` when unquantized."""
         return scheme_in_words(self.schemes)
@@ -365,6 +370,7 @@ class ExpertsProblem:
         activations: what the checkpoint means them to be rounded to with scales found while
             running; None: nothing. Where an arithmetic is asked for, `activations_for` has the
             last word.
+        has_unlike_gate_up: gate and up are stored apart, in two schemes.
     """
 
     experts: ExpertsConfig
@@ -377,6 +383,7 @@ class ExpertsProblem:
     activation_dtype: ActivationDtype | None = None
     roundings: tuple[ActivationScheme, ...] = ()
     activations: ActivationScheme | None = None
+    has_unlike_gate_up: bool = False
 
     @property
     def is_dense(self) -> bool:

@@ -63,7 +63,9 @@ class PackingKernel(GatheringKernel):
     """The same with a layout of its own."""
 
     name: ClassVar[str] = "packing"
-    shares_memory: ClassVar[bool] = False
+
+    def shares_memory(self, is_quantized: bool) -> bool:
+        return False
 
     def pack(self, weights: ExpertWeights, activation_dtype: Any = None) -> ExpertWeights:
         return weights.mapped(torch.clone)

@@ -172,7 +172,7 @@ def test_experts_that_transformers_has_no_module_for_are_refused() -> None:
 
 
 def test_a_kernel_that_packs_lets_go_of_what_it_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(get_kernel("torch")), "shares_memory", False)
+    monkeypatch.setattr(type(get_kernel("torch")), "shares_memory", lambda *given: False)
     case = tiny(weights="int4")
     layer = Layer(case, LayerWeights(TINY, case.weights), 0)
     call = KernelContender("torch").bind(layer)

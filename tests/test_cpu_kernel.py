@@ -1053,7 +1053,9 @@ def test_what_it_cannot_run_it_says():
     assert unsupported(whole) == "reads zero points of groups, and these belong to whole outputs"
     separate = dataclasses.replace(problem_of(CONFIGS["separate"]), schemes=(
         WeightFormat.INT8_CHANNEL.scheme, WeightFormat.BF16.scheme))  # fmt: skip
-    assert "and the projections have several" in str(CpuKernel().unsupported(separate))
+    assert CpuKernel().unsupported(separate) is None  # gate and up may be alike
+    unlike = dataclasses.replace(separate, has_unlike_gate_up=True)
+    assert CpuKernel().unsupported(unlike) == "reads gate and up of one scheme, and they have two"
     assert "is for cpu" in str(unsupported(WeightFormat.BF16.scheme, device="cuda"))
     for weight_format in WeightFormat:
         assert unsupported(weight_format.scheme) is None

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import mixtura
 from mixtura.config import ActivationDtype, GateUp, WeightOn
 from mixtura.experts import ExpertsOptions, PackedExperts, RoutedExperts
-from mixtura.hf.explain import _in_format, explain
+from mixtura.hf.explain import explain, in_format
 from mixtura.hf.linears import PackedLinear
 from mixtura.kernels import get_kernel, select_kernel
 from mixtura.kernels.cpu.extension import missing
@@ -538,7 +538,7 @@ def test_a_layer_quantized_in_memory_means_what_a_file_would(
 ) -> None:
     model = mixtura.from_pretrained(dense_files, weights=weight_format)
     assert experts_of(model).expert_weights.activations == weight_format.activations
-    explained = _in_format(random_weights(sizes()), weight_format)
+    explained = in_format(random_weights(sizes()), weight_format)
     assert explained.activations == weight_format.activations
 
 

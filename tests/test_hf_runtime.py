@@ -280,7 +280,9 @@ class PackingKernel(TorchKernel):
 
     name = "packing"
     has_backward = False
-    shares_memory = False
+
+    def shares_memory(self, is_quantized: bool) -> bool:
+        return False
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         return super().cannot_run(problem)

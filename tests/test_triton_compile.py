@@ -35,8 +35,8 @@ ROUTING = "routing"
 
 CASES = [
     (90, MODELS, "bfloat16"),
-    (80, "qwen3-30b-a3b", "bfloat16"),
-    (100, "gpt-oss-120b", "bfloat16"),
+    pytest.param(80, "qwen3-30b-a3b", "bfloat16", marks=pytest.mark.slow),
+    pytest.param(100, "gpt-oss-120b", "bfloat16", marks=pytest.mark.slow),
     *(
         pytest.param(capability, ALL_MODELS, dtype, marks=pytest.mark.slow)
         for capability in (80, 89, 90, 100)
@@ -45,14 +45,74 @@ CASES = [
 ]
 
 
+PACKED = (
+    "qwen3-30b-a3b/int4-g128,gpt-oss-120b/mxfp4,qwen3-30b-a3b/fp8-block x fp8,"
+    "qwen3-30b-a3b/int8 x int8"
+)
+"""Those of the table: codes of integers and of small floats that become 16 bits, bytes that are
+multiplied in groups and as they are."""
+
+
+def case_of(case: Any) -> tuple[Any, ...]:
+    """A case's values, marked or not."""
+    values: tuple[Any, ...] = getattr(case, "values", case)
+    return values
+
+
+PACKED_CASES = [
+    (90, PACKED, "bfloat16", "0,32"),
+    (100, "gpt-oss-120b/mxfp4", "bfloat16", "128"),
+    *(
+        pytest.param(capability, "all-packed", dtype, "", marks=pytest.mark.slow)
+        for capability, dtype in (
+            (90, "bfloat16"),
+            (90, "float16"),
+            (80, "bfloat16"),
+            (89, "bfloat16"),
+            (100, "bfloat16"),
+        )
+    ),
+]
+
+TENSOR_COLUMNS = 512
+"""Of the memory that Blackwell's products have of their own."""
+
+MAX_PER_WEIGHT = {
+    **dict.fromkeys(("int4-g128", "int4-g32", "int4-g128-zeros", "int4-channel"), 4.3),
+    **{"mxfp4": 4.3, "nvfp4": 5.5},
+    **dict.fromkeys(("int8", "fp8", "fp8-block"), 5.0),
+    **dict.fromkeys(("int8 x int8", "fp8 x fp8", "fp8-block x fp8"), 2.2),
+}
+"""Instructions of a lane for a weight, in small tiles on a Hopper.
+
+While an H200's processor reads a weight of 4 bits with its scale it issues 3.7 for each, and for
+one of 8 bits 6.9 (4.3 TB/s, 132 processors, 1.755 GHz, 4 times 32 lanes): with so many, reading is
+what takes the time, or nearly."""
+
+MAX_IN_GROUPS = 4.0
+"""The same where sums of 64 rows are scaled for every 128 columns."""
+
+
+HOPPER = 90
+MAX_SPILLED_ELSEWHERE = 1400
+"""Bytes of a thread: the up projection of fp8 blocks wants more registers on other GPUs."""
+
+
 @cache
-def compiled(capability: int, models: str, dtype: str) -> list[dict[str, Any]]:
+def compiled(
+    capability: int, models: str, dtype: str = "bfloat16", tiles: str = ""
+) -> list[dict[str, Any]]:
     """What the script says."""
     script = ROOT / "scripts" / "kernel_resources.py"
     command = [sys.executable, str(script), str(capability), "--models", models, "--dtype", dtype]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, timeout=600
+        [*command, "--tiles", tiles],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -70,6 +130,62 @@ def test_kernels_compile_without_spills_and_fit(capability: int, models: str, dt
         assert row["shared_bytes"] <= row["shared_limit"], row
         if row["estimated_bytes"] is not None:
             assert row["shared_bytes"] <= row["estimated_bytes"], row
+
+
+@pytest.mark.parametrize("capability, models, dtype, tiles", PACKED_CASES)
+def test_quantized_kernels_compile_without_spills_and_fit(
+    capability: int, models: str, dtype: str, tiles: str
+) -> None:
+    rows = compiled(capability, models, dtype, tiles)
+    assert {row["kernel"] for row in rows} >= {"packed_gate_up", "packed_down"}
+    if models == "all-packed" or PACKED in models:
+        assert "round_rows" in {row["kernel"] for row in rows}
+        assert capability == 80 or "round_groups" in {row["kernel"] for row in rows}
+    for row in rows:
+        most = 0 if capability == HOPPER else MAX_SPILLED_ELSEWHERE
+        assert row["spilled_bytes"] <= most, row
+        assert row["shared_bytes"] <= row["shared_limit"], row
+        assert row["tensor_columns"] <= TENSOR_COLUMNS, row
+        if row["estimated_bytes"] is not None:
+            assert row["shared_bytes"] <= row["estimated_bytes"], row
+
+
+@pytest.mark.parametrize("capability, models, dtype, tiles", PACKED_CASES)
+def test_quantized_products_use_the_widest_instructions(
+    capability: int, models: str, dtype: str, tiles: str
+) -> None:
+    for row in compiled(capability, models, dtype, tiles):
+        if not row["kernel"].startswith("packed"):
+            continue
+        codes = row["weights"].partition(" x ")[2]
+        # Four warps make a wide product; Triton has none of int8 for Blackwell.
+        is_wide = capability == 90 or (capability == 100 and codes != "int8")
+        is_wide = is_wide and row["num_warps"] >= 4
+        kind = "wide products" if is_wide else "narrow products"
+        kind += f" of {codes}" if codes else ""
+        assert row["instructions"][kind] > 0, row
+        assert row["instructions"]["asynchronous copies"] > 0, row
+
+
+@pytest.mark.parametrize(
+    "capability, models, dtype, tiles", [case for case in PACKED_CASES if case_of(case)[0] == 90]
+)
+def test_quantized_weights_take_few_instructions(
+    capability: int, models: str, dtype: str, tiles: str
+) -> None:
+    """Of the products of small tiles, in sizes that steps divide."""
+    rows = [
+        row
+        for row in compiled(capability, models, dtype, tiles)
+        if row["tile_rows"] in (16, 32, 64) and row["model"] != "odd"
+    ]
+    assert rows
+    for row in rows:
+        most = MAX_PER_WEIGHT.get(row["weights"])
+        if row["weights"] == "fp8-block x fp8" and row["tile_rows"] == 64:
+            most = MAX_IN_GROUPS
+        if most is not None:
+            assert 0 < row["lane_instructions"] <= most, row
 
 
 ROUTERS = [
@@ -127,6 +243,26 @@ def test_the_table_in_the_documentation_is_what_the_compiler_says() -> None:
     from kernel_resources import BEGIN, END, table
 
     rows = [*compiled(90, MODELS, "bfloat16"), *compiled(90, ROUTING, "bfloat16")]
-    text = DOCUMENT.read_text(encoding="utf-8")
-    found = text.partition(BEGIN)[2].partition(END)[0]
-    assert found == table(rows), "run python scripts/kernel_resources.py --write"
+    assert between(BEGIN, END) == table(rows), RENEW
+
+
+RENEW = "run python scripts/kernel_resources.py --write"
+
+
+def between(begin: str, end: str) -> str:
+    """A part of the documentation."""
+    return DOCUMENT.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+
+
+@pytest.mark.skipif(triton.__version__ != TABLE_OF, reason=f"the table is Triton {TABLE_OF}'s")
+@pytest.mark.parametrize("tiles", ["0,32", pytest.param("", marks=pytest.mark.slow)])
+def test_the_table_of_quantized_kernels_is_what_the_compiler_says(tiles: str) -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from kernel_resources import BEGIN_PACKED, END_PACKED, PACKED_TABLE, packed_line, packed_table
+
+    assert ",".join(PACKED_TABLE) == PACKED
+    rows = compiled(90, PACKED, "bfloat16", tiles)
+    found = between(BEGIN_PACKED, END_PACKED)
+    assert {packed_line(row) for row in rows} <= set(found.splitlines()), RENEW
+    if not tiles:
+        assert found == packed_table(rows), RENEW

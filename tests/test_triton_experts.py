@@ -18,7 +18,8 @@ from mixtura.config import ExpertsConfig, WeightOn
 from mixtura.errors import DeviceMemoryError, InputError
 from mixtura.kernels import get_kernel, register_kernel, unregister_kernel
 from mixtura.kernels.reference import ReferenceKernel
-from mixtura.kernels.triton import TritonKernel, experts
+from mixtura.kernels.triton import TritonKernel, call, experts
+from mixtura.kernels.triton import dense as stored
 from mixtura.kernels.triton.align import order_slots
 from mixtura.kernels.triton.bypass import add_identity
 from mixtura.kernels.triton.device import device_of
@@ -40,12 +41,12 @@ ROWS = {Regime.DIRECT: 1, Regime.SMALL: 13, Regime.LARGE: 260}
 @pytest.fixture(autouse=True)
 def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody writes is NaN."""
-    empty = experts.Call.empty
+    empty = call.Call.empty
 
-    def poisoned(self: experts.Call, name: str, *shape: int, dtype: Any = None) -> Tensor:
+    def poisoned(self: call.Call, name: str, *shape: int, dtype: Any = None) -> Tensor:
         return empty(self, name, *shape, dtype=dtype).fill_(float("nan"))
 
-    monkeypatch.setattr(experts.Call, "empty", poisoned)
+    monkeypatch.setattr(call.Call, "empty", poisoned)
 
 
 def random_batch(
@@ -150,8 +151,8 @@ BLOCKED = {
 def test_weights_read_by_descriptor(
     name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways, way = [], experts.way_to_read
-    monkeypatch.setattr(experts, "way_to_read", lambda *given: ways.append(way(*given)) or ways[-1])
+    ways, way = [], stored.way_to_read
+    monkeypatch.setattr(stored, "way_to_read", lambda *given: ways.append(way(*given)) or ways[-1])
     check(BLOCKED[name], num_rows, 2, FINEST)
     expected = "columns" if BLOCKED[name].is_transposed else "rows"
     has_them = device_of(torch.empty(0, device=DEVICE).device).has_wide_products
@@ -459,7 +460,7 @@ def test_an_id_behind_the_last_expert_reads_no_weights(monkeypatch: pytest.Monke
         buffers[name] = empty(self, name, *shape, dtype=dtype)
         return buffers[name]
 
-    monkeypatch.setattr(experts.Call, "empty", kept)
+    monkeypatch.setattr(call.Call, "empty", kept)
     weights = on_device(random_weights(sizes(), FINEST))
 
     def followed(stack: Tensor, behind: float) -> Tensor:

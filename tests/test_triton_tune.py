@@ -16,8 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from expert_cases import random_weights
 from gpu_device import DEVICE
-from tuning_fakes import CASE, GPU, SHAPE, FakeMeasure, fragile, timed, unusable
+from tuning_fakes import (
+    CASE,
+    GPU,
+    QUANTIZATIONS,
+    SHAPE,
+    FakeMeasure,
+    fragile,
+    timed,
+    unusable,
+)
 
 from mixtura.config import ExpertsConfig, GateUp, WeightOn
 from mixtura.env import cache_directory
@@ -34,7 +44,9 @@ from mixtura.kernels.triton.child import ChildMeasuring
 from mixtura.kernels.triton.device import HOPPER, Device, device_of
 from mixtura.kernels.triton.journal import Journal, journal_path
 from mixtura.kernels.triton.launch import Launch
-from mixtura.kernels.triton.measuring import Measuring, count_wrong, make_weights
+from mixtura.kernels.triton.measuring import TOLERANCE, Measuring, Turn, count_wrong, make_weights
+from mixtura.kernels.triton.packed.experts import pack_experts, quantization_of
+from mixtura.kernels.triton.packed.made_up import random_experts
 from mixtura.kernels.triton.regimes import LARGE_TILING, SMALL_TILES
 from mixtura.kernels.triton.table import (
     DIRECT_TILE,
@@ -59,6 +71,8 @@ from mixtura.kernels.triton.tuned import (
     tuned_path,
     write_tuned,
 )
+from mixtura.quant.activations import StaticInputs
+from mixtura.quant.quantize import quantize
 from mixtura.types import ExpertBatch
 
 TILES = (DIRECT_TILE, *SMALL_TILES, LARGE_TILING.rows)
@@ -95,7 +109,19 @@ SHAPES = {
         ExpertsConfig(num_experts=8, hidden_size=4096, intermediate_size=14336), torch.bfloat16, 2
     ),
 }
-KEYS = [shape.key(kind, tile) for shape, kind, tile in product(SHAPES.values(), Product, TILES)]
+QUANTIZED = {
+    "int4": replace(SHAPES["qwen3"], quantization=QUANTIZATIONS["int4"]),
+    "mxfp4": replace(SHAPES["gpt-oss"], quantization=QUANTIZATIONS["mxfp4"]),
+    "fp8-block": replace(SHAPES["qwen3"], quantization=QUANTIZATIONS["fp8-block"]),
+    "int8": replace(SHAPES["slim"], quantization=QUANTIZATIONS["int8"]),
+}
+DENSE_KEYS, PACKED_KEYS = (
+    [shape.key(kind, tile) for shape, kind, tile in product(shapes.values(), Product, TILES)]
+    for shapes in (SHAPES, QUANTIZED)
+)
+KEYS = DENSE_KEYS + PACKED_KEYS
+MIN_PACKED = 99 * KIB
+"""Shared memory of the GPUs since Ampere that have the least."""
 
 
 @pytest.fixture(autouse=True)
@@ -111,12 +137,18 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 # -------------------------------------------------------------------------------------- the table
 
 
+def keys_of(device: Device) -> list[Key]:
+    """Those that must fit: tiles of quantized experts have a depth of their own, and need more."""
+    return KEYS if device.shared_bytes >= MIN_PACKED else DENSE_KEYS
+
+
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_every_shipped_entry_fits_every_device(device: Device) -> None:
-    for key in KEYS:
+    for key in keys_of(device):
         blocks = blocks_for(key, device)
-        assert shared_bytes(blocks, key) <= device.shared_bytes, (key, blocks)
-        assert blocks.num_stages >= 2 and blocks.depth >= MIN_DEPTH
+        assert shared_bytes(blocks, key, device) <= device.shared_bytes, (key, blocks)
+        assert blocks.num_stages >= (2 if key.packing is None else 1)
+        assert blocks.depth >= MIN_DEPTH
         assert blocks.columns >= (8 if key.tile_rows == DIRECT_TILE else MIN_COLUMNS)
         assert device.has_descriptors or not blocks.uses_descriptors
 
@@ -128,7 +160,7 @@ def test_tuned_blocks_come_before_the_table_and_are_made_to_fit() -> None:
     assert blocks_for(key, HOPPER) == shipped_blocks(key, HOPPER) != small
     huge = Blocks(256, 128, 8, 4, uses_descriptors=True)
     found = blocks_for(key, DEVICES["turing-64"], huge)
-    assert shared_bytes(found, key) <= 64 * KIB and not found.uses_descriptors
+    assert shared_bytes(found, key, DEVICES["turing-64"]) <= 64 * KIB and not found.uses_descriptors
 
 
 # --------------------------------------------------------------------------------------- the file
@@ -158,7 +190,7 @@ def test_the_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_file_is_read_as_it_was_written() -> None:
-    entries = {key: Blocks(64, 64, 4, 3, is_persistent=True) for key in KEYS}
+    entries = {key: Blocks(64, 64, 4, 3, is_persistent=key.packing is None) for key in KEYS}
     write_tuned(tuned_path(GPU), GPU, entries)
     found = read_tuned(tuned_path(GPU), GPU)
     assert found.entries == entries and found.problem is None
@@ -212,6 +244,33 @@ def test_a_file_that_does_not_hold_is_left_alone(
     assert found.problem is not None and problem in found.problem
 
 
+BROKEN_PACKINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a field": lambda data: data["entries"][0]["key"]["packing"].update(extra=1),
+    "none": lambda data: data["entries"][0]["key"].pop("packing"),
+    "no name": lambda data: data["entries"][0]["key"]["packing"].update(name=""),
+    "depth": lambda data: data["entries"][0]["key"]["packing"].update(depth=100),
+    "bits": lambda data: data["entries"][0]["key"]["packing"].update(bits=3),
+    "bytes": lambda data: data["entries"][0]["key"]["packing"].update(operand_bytes=4),
+    "words": lambda data: data["entries"][0]["key"]["packing"].update(scale_words=-1),
+    "columns": lambda data: data["entries"][0]["key"]["packing"].update(columns=8),
+    "thin": lambda data: data["entries"][0]["blocks"].update(columns=8),
+    "descriptors": lambda data: data["entries"][0]["blocks"].update(uses_descriptors=True),
+    "persistent": lambda data: data["entries"][0]["blocks"].update(is_persistent=True),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_PACKINGS.values(), ids=BROKEN_PACKINGS)
+def test_an_entry_of_quantized_experts_is_checked(change: Callable[[dict[str, Any]], Any]) -> None:
+    key = QUANTIZED["int4"].key(Product.DOWN, DIRECT_TILE)
+    path = tuned_path(GPU)
+    write_tuned(path, GPU, {key: Blocks(64, 128, 4, 3)})
+    assert len(read_tuned(path, GPU).entries) == 1
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    assert "is broken (" in str(read_tuned(path, GPU).problem)
+
+
 @pytest.mark.parametrize("tail_rows", ["x", -5, 8, 48, 128, 1000, True, False, None, 0.0, 16.0])
 def test_tails_are_a_power_of_two_below_the_tile(tail_rows: Any) -> None:
     assert not tails_read(128, tail_rows).entries
@@ -257,6 +316,7 @@ def change_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a kernel had been written differently."""
     for name in tuned.KERNELS:
         text = (tuned.KERNELS_DIRECTORY / name).read_text()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "# changed\n" * (name == tuned.KERNELS[-1]))
     monkeypatch.setattr(tuned, "KERNELS_DIRECTORY", tmp_path)
     kernels_digest.cache_clear()
@@ -350,14 +410,16 @@ def test_rows_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_candidates_fit_and_differ(device: Device) -> None:
-    for key in KEYS:
+    for key in keys_of(device):
         shipped, found = blocks_for(key, device), candidates(key, device)
-        assert shipped not in found and len(set(found)) == len(found) >= 5
+        has_columns = key.packing is not None and key.packing.columns > 0
+        least = 3 if has_columns else 5
+        assert shipped not in found and len(set(found)) == len(found) >= least, key
         changes = [sum(a != b for a, b in zip(fields(one), fields(shipped), strict=True))
                    for one in found]  # fmt: skip
         assert changes == sorted(changes) and max(changes) <= MAX_CHANGES
         for blocks in found:
-            assert shared_bytes(blocks, key) <= device.shared_bytes
+            assert shared_bytes(blocks, key, device) <= device.shared_bytes
             assert blocks_for(key, device, blocks) == blocks  # what is measured is what will run
             assert device.has_descriptors or not blocks.uses_descriptors
 
@@ -368,6 +430,24 @@ def fields(blocks: Blocks) -> tuple[Any, ...]:
         blocks.uses_descriptors, blocks.is_persistent,
         blocks.tail_rows,
     )  # fmt: skip
+
+
+def test_candidates_keep_to_what_a_packing_gives() -> None:
+    for key in PACKED_KEYS:
+        packing = key.packing
+        assert packing is not None
+        for blocks in candidates(key, HOPPER):
+            assert blocks.depth == packing.depth
+            assert blocks.columns == (packing.columns or blocks.columns) >= MIN_COLUMNS
+            assert not blocks.uses_descriptors and not blocks.is_persistent
+    rounding = [key for key in PACKED_KEYS if key.packing and key.packing.columns]
+    assert {key.product for key in rounding} == {Product.GATE_UP}
+
+
+def test_schemes_that_differ_are_cases_of_their_own() -> None:
+    shapes = [SHAPES["qwen3"], QUANTIZED["int4"], QUANTIZED["fp8-block"]]
+    assert len(cases_of(shapes)) == 3 * len(cases_of(shapes[:1]))
+    assert cases_of([*shapes, shapes[1]]) == cases_of(shapes)
 
 
 def test_warp_groups_of_small_tiles_have_rows_of_weights() -> None:
@@ -721,6 +801,107 @@ def test_a_candidate_is_launched_and_its_result_compared(
         assert (shipped["BLOCK_N"], shipped["BLOCK_K"]) == (table.columns, table.depth)
 
 
+MEASURED = [
+    *((name, kind, 16, 4) for name in QUANTIZATIONS for kind in Product),
+    *((name, kind, 1, 1) for name in ("int4", "fp8-block") for kind in Product),
+]
+
+
+@pytest.mark.parametrize("name, kind, tile_rows, rows", MEASURED)
+def test_a_candidate_of_quantized_experts_is_measured(
+    measure: Measuring, name: str, kind: Product, tile_rows: int, rows: int
+) -> None:
+    shape = replace(TINY, quantization=QUANTIZATIONS[name])
+    case = Case(shape, kind, tile_rows, (rows,))
+    packing = case.key.packing
+    assert packing is not None
+    blocks = Blocks(packing.columns or 32, packing.depth, 4, 2)
+    assert measure(case, blocks, False) == Timed((2e-5,), (1e-5,))
+    shipped, tried = CLOCKED[-1]
+    table = blocks_for(case.key, device_of(torch.device(DEVICE)))
+    assert (tried["BLOCK_N"], tried["num_stages"]) == (blocks.columns, 2)
+    assert (shipped["BLOCK_N"], shipped["num_stages"]) == (table.columns, table.num_stages)
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8-block"])
+@pytest.mark.parametrize("fault", ["other values", "no values"])
+def test_a_wrong_result_of_quantized_experts_is_no_time(
+    measure: Measuring, monkeypatch: pytest.MonkeyPatch, fault: str, name: str
+) -> None:
+    right = measuring.launch_of
+
+    def wrong(case: Case, turn: Turn, out: Any, blocks: Any) -> Launch:
+        launch = right(case, turn, out, blocks)
+        if blocks is None:
+            return launch
+        if fault == "no values":
+            return replace(launch, kernel=Nothing())
+        x, matrix, *others = launch.arguments
+        others_codes = matrix._replace(codes=matrix.codes.roll(1, 2))
+        return replace(launch, arguments=(x, others_codes, *others))
+
+    monkeypatch.setattr(measuring, "launch_of", wrong)
+    shape = replace(TINY, quantization=QUANTIZATIONS[name])
+    case = Case(shape, Product.GATE_UP, 16, (4,))
+    found = measure(case, Blocks(128, 128, 4, 2), False)
+    assert isinstance(found, Failed) and "wrong values of 256" in found.reason
+    assert not CLOCKED
+
+
+LAYOUTS = {
+    "stacked": ExpertsConfig(num_experts=3, hidden_size=160, intermediate_size=72),
+    "separate": ExpertsConfig(
+        num_experts=3, hidden_size=160, intermediate_size=72, gate_up=GateUp.SEPARATE
+    ),
+    "ungated": ExpertsConfig(
+        num_experts=2,
+        hidden_size=256,
+        intermediate_size=128,
+        gate_up=GateUp.UNGATED,
+        has_bias=True,
+    ),
+    "interleaved": ExpertsConfig(
+        num_experts=2, hidden_size=128, intermediate_size=256, gate_up=GateUp.INTERLEAVED
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("config", LAYOUTS.values(), ids=LAYOUTS)
+def test_experts_that_are_made_up_are_laid_out_as_those_that_are_packed(
+    name: str, config: ExpertsConfig
+) -> None:
+    quantization = QUANTIZATIONS[name]
+    weights = random_weights(config, torch.float32)
+    up, static = weights.up_proj, quantization.down_rounding
+    assert static is None or not static.is_static or name == "static fp8"
+    inputs = None
+    if static is not None and static.is_static:
+        inputs = StaticInputs(static, torch.ones(config.num_experts))
+    weights = replace(
+        weights,
+        gate_up_proj=quantize(weights.gate_up_proj.values, quantization.gate_up),
+        up_proj=None if up is None else quantize(up.values, quantization.gate_up),
+        down_proj=quantize(weights.down_proj.values, quantization.down),
+        gate_up_inputs=inputs,
+        down_inputs=inputs,
+    )
+    found = pack_experts(weights, weights, None if inputs is not None else static)
+    made = random_experts(config, quantization, torch.float32, torch.device("cpu"))
+    for one, other in ((made.gate_up, found.gate_up), (made.down, found.down)):
+        assert (one.layout, one.shape) == (other.layout, other.shape)
+        for part in ("codes", "scales", "zeros", "factors"):
+            tensor, true = getattr(one, part), getattr(other, part)
+            assert (tensor is None) == (true is None)
+            if tensor is not None:
+                assert (tensor.shape, tensor.dtype) == (true.shape, true.dtype)
+    assert (made.gate_up_inputs is None) == (made.down_inputs is None) == (inputs is None)
+    assert made.slots().keys() <= found.slots().keys()
+    factors = [made.gate_up.factors, made.down.factors]
+    assert all(one.isfinite().all() for one in factors if one is not None)
+    assert quantization_of(weights, static) == quantization
+
+
 class Nothing:
     """A kernel that writes nothing."""
 
@@ -734,12 +915,12 @@ def test_a_wrong_result_is_no_time(
 ) -> None:
     right = measuring.launch_of
 
-    def wrong(case: Case, turn: Any, hidden: Any, out: Any, blocks: Any) -> Launch:
+    def wrong(case: Case, turn: Turn, out: Any, blocks: Any) -> Launch:
         if blocks is None:
-            return right(case, turn, hidden, out, blocks)
+            return right(case, turn, out, blocks)
         if fault == "no values":
-            return replace(right(case, turn, hidden, out, blocks), kernel=Nothing())
-        return right(case, turn, hidden * 1.5, out, blocks)
+            return replace(right(case, turn, out, blocks), kernel=Nothing())
+        return right(case, replace(turn, read=turn.read * 1.5), out, blocks)
 
     monkeypatch.setattr(measuring, "launch_of", wrong)
     found = measure(Case(TINY, Product.DOWN, 16, (4,)), Blocks(16, 32, 4, 2), False)
@@ -795,13 +976,14 @@ def test_a_capture_that_fails_ends_the_process(monkeypatch: pytest.MonkeyPatch) 
 def test_wrong_values_are_counted() -> None:
     truth = torch.randn(64, 32, dtype=torch.bfloat16)
     truth[60:] = torch.nan  # never written, as by design
-    assert count_wrong(truth.clone(), truth) == 0
+    tolerance = TOLERANCE[torch.bfloat16]
+    assert count_wrong(truth.clone(), truth, tolerance) == 0
     near = (truth.float() * (1 + 2**-8)).to(torch.bfloat16)
-    assert count_wrong(near, truth) == 0
+    assert count_wrong(near, truth, tolerance) == 0
     for row, value in ((3, torch.nan), (3, 9.0), (61, 0.0)):
         found = truth.clone()
         found[row, 5] = value
-        assert count_wrong(found, truth) == 1, (row, value)
+        assert count_wrong(found, truth, tolerance) == 1, (row, value)
 
 
 def test_a_launch_uses_the_tuned_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,16 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_model
+from packed_files import write_packed
 from tuning_fakes import CASE, GPU, FakeMeasure, timed
 from typer.testing import CliRunner, Result
 
+import mixtura
 from mixtura.cli import app, doctor, explain, tuning_report
 from mixtura.cli import tune as command
 from mixtura.cli.tuning_report import in_words
+from mixtura.experts.packed import PackedExperts
 from mixtura.hf import explain as hf_explain
 from mixtura.hf.layer_shapes import layer_shapes
-from mixtura.kernels.triton import child, device
+from mixtura.kernels.triton import TritonKernel, child, device
 from mixtura.kernels.triton.candidates import Case, candidates, cases_of
+from mixtura.kernels.triton.packed.experts import quantization_of
+from mixtura.kernels.triton.packed.quantization import Quantization
 from mixtura.kernels.triton.table import Blocks, Product
 from mixtura.kernels.triton.trials import Failed, Trial
 from mixtura.kernels.triton.tuned import (
@@ -28,6 +34,7 @@ from mixtura.kernels.triton.tuned import (
     tuned_path,
     write_tuned,
 )
+from mixtura.quant.formats import WeightFormat
 
 SIZES = {
     "hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
@@ -276,13 +283,90 @@ def test_a_file_that_cannot_be_written_is_told(
     assert f"the file of tuned blocks ({tuned_path(GPU)}) must be writable" in result.stderr
 
 
-def test_a_quantized_model_is_refused(model: Path) -> None:
+def test_a_quantized_model_is_told_to_be_here(model: Path) -> None:
     path = model / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    assert "must be dense to be tuned; got a quantized checkpoint" in error_of(
-        run("--model", model, "--dry-run")
+    error = error_of(run("--model", model, "--dry-run"))
+    assert error.startswith(f"the weights of the model ({model}) must be here to be tuned for")
+    assert "got a quantized checkpoint's configuration alone" in error
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its weights."""
+    directory = tmp_path_factory.mktemp("dense")
+    tiny_model("qwen3_moe", dtype=torch.bfloat16).model.save_pretrained(directory)
+    return directory
+
+
+def packed(dense: Path, out: Path, format: str) -> Path:
+    """The same with experts in the format of a golden file."""
+    write_packed(dense, out, format, lambda name: ".experts." in name)
+    return out
+
+
+@pytest.mark.parametrize(
+    "format, words, rounding",
+    [
+        ("ct_pack_int4_g32_sym", "int4, group 1x32", None),
+        ("ct_fp8_channel", "e4m3, group 1xall", "e4m3 per token"),
+        ("ct_int8_channel_w8a8", "int8, group 1xall", "int8 per token"),
+        ("gptq_v1_w4_g32_asym", "zero point integer", None),
+    ],
+)
+def test_headers_say_what_experts_are_stored_in(
+    dense: Path, tmp_path: Path, format: str, words: str, rounding: str | None
+) -> None:
+    directory = packed(dense, tmp_path / "packed", format)
+    (shape,) = layer_shapes(directory)
+    found = shape.quantization
+    assert found is not None and words in str(found)
+    assert rounding is None or str(found).endswith(f"; {rounding}")
+    assert (found.gate_up_rounding is None) == (rounding is None)
+    model = mixtura.from_pretrained(directory, kernel="torch")
+    weights = next(one.given for one in model.modules() if isinstance(one, PackedExperts))
+    assert weights is not None and weights.config == shape.config
+    meant = TritonKernel().activations(None, weights.activations, weights.schemes)
+    assert quantization_of(weights, meant) == found
+
+
+def test_a_dry_run_lists_the_cases_of_quantized_experts(dense: Path, tmp_path: Path) -> None:
+    directory = packed(dense, tmp_path / "packed", "ct_pack_int4_g32_sym")
+    data = json.loads(run("--model", directory, "--dry-run", "--json").stdout)
+    packings = [case["packing"] for case in data["cases"]]
+    assert {(one["bits"], one["depth"]) for one in packings} == {(4, 128)}
+    assert all(case["candidates"] for case in data["cases"])
+    shown = run("--model", directory, "--dry-run").stdout
+    assert "int4, group 1x32, scale" in " ".join(shown.split())
+    assert "must be left out for a quantized" in error_of(
+        run("--model", directory, "--dry-run", "--weights", "int4")
     )
+
+
+def test_dense_experts_can_be_tuned_in_a_format(model: Path) -> None:
+    (shape,) = layer_shapes(model, weights="fp8-block")
+    assert shape.quantization == Quantization.of(
+        WeightFormat.FP8_BLOCK.scheme, WeightFormat.FP8_BLOCK.activations
+    )
+    data = json.loads(run("--model", model, "--dry-run", "--json", "--weights", "int4").stdout)
+    assert {case["packing"]["bits"] for case in data["cases"]} == {4}
+    assert "must be a quantized format to be tuned for" in error_of(
+        run("--model", model, "--dry-run", "--weights", "bf16")
+    )
+    assert "must be one of" in error_of(run("--model", model, "--weights", "int5"))
+
+
+def test_what_wins_for_quantized_experts_is_theirs(
+    model: Path, on_gpu: Callable[[Answer], None]
+) -> None:
+    on_gpu(first_wins)
+    assert run("--model", model, "--rows", "16", "--weights", "int4").exit_code == 0
+    (key,) = read_tuned(tuned_path(GPU), GPU).entries
+    assert key.packing is not None and key.packing.bits == 4
+    assert run("--model", model, "--rows", "16", "--weights", "mxfp4").exit_code == 0
+    assert run("--model", model, "--rows", "16").exit_code == 0
+    assert len(read_tuned(tuned_path(GPU), GPU).entries) == 3
 
 
 def test_a_model_without_experts_is_refused(model: Path) -> None:
@@ -347,4 +431,10 @@ def test_explain_says_what_is_tuned(model: Path, request: pytest.FixtureRequest)
     write_tuned(tuned_path(GPU), GPU, dict.fromkeys(keys, Blocks(64, 64, 4, 3)))
     words = f"1 entries for these experts; 2 entries in {tuned_path(GPU)}"
     assert explain.tuned_of(found) == words
+    quantized = hf_explain.explain(model, device="cuda", dtype=torch.bfloat16, weights="int4")
+    assert str(explain.tuned_of(quantized)).startswith("0 entries for these experts")
+    (shape,) = layer_shapes(model, weights="int4")
+    write_tuned(tuned_path(GPU), GPU, {shape.key(Product.DOWN, 16): Blocks(64, 128, 4, 3)})
+    assert str(explain.tuned_of(quantized)).startswith("1 entries for these experts")
+    assert str(explain.tuned_of(found)).startswith("0 entries for these experts")
     assert explain.tuned_of(hf_explain.explain(model, device="cpu")) is None

@@ -12,14 +12,32 @@ import torch
 from mixtura.config import ExpertsConfig
 from mixtura.kernels.triton.candidates import Case, LayerShape
 from mixtura.kernels.triton.device import Device
+from mixtura.kernels.triton.packed.quantization import Quantization
 from mixtura.kernels.triton.table import Blocks, Product
 from mixtura.kernels.triton.trials import Failed, Timed, Trial
+from mixtura.quant.activations import ActivationGroup, ActivationScheme
+from mixtura.quant.formats import WeightFormat
+from mixtura.quant.scheme import Code, QuantScheme, ZeroPoint
 
 GPU = Device("NVIDIA Test GPU", (9, 0), 132, 232448)
 SHAPE = LayerShape(
     ExpertsConfig(num_experts=8, hidden_size=256, intermediate_size=128), torch.bfloat16, 2
 )
 CASE = Case(SHAPE, Product.DOWN, 16, (4, 32))
+
+_TOKENS = ActivationScheme(Code.INT, 8, ActivationGroup.TOKEN)
+_STATIC = ActivationScheme(Code.E4M3, 8, ActivationGroup.TENSOR, is_static=True)
+_ZEROS = QuantScheme(Code.INT, 4, (1, 32), torch.float16, ZeroPoint.INTEGER)
+QUANTIZATIONS = {
+    "int4": Quantization.of(WeightFormat.INT4_G32.scheme),
+    "int4 with zero points": Quantization.of(_ZEROS),
+    "mxfp4": Quantization.of(WeightFormat.MXFP4.scheme),
+    "nvfp4": Quantization.of(WeightFormat.NVFP4.scheme),
+    "fp8-block": Quantization.of(WeightFormat.FP8_BLOCK.scheme, WeightFormat.FP8_BLOCK.activations),
+    "int8": Quantization.of(WeightFormat.INT8_CHANNEL.scheme, _TOKENS),
+    "static fp8": Quantization.of(WeightFormat.FP8.scheme, _STATIC),
+}
+"""Weights alone, and rows rounded in groups, by token and with stored scales."""
 
 
 def timed(*ratios: float) -> Timed:

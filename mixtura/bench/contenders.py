@@ -146,7 +146,7 @@ class KernelContender(Contender):
 
     def holds(self, case: Case) -> str:
         kernel = get_kernel(self.kernel(case))
-        return STACKS if kernel.shares_memory else kernel.name
+        return STACKS if kernel.shares_memory(case.weights.scheme.is_quantized) else kernel.name
 
     def bind(self, layer: Layer) -> RunBatch:
         options = ExpertsOptions(

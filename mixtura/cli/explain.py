@@ -120,11 +120,15 @@ def tuned_of(found: ModelExplanation) -> str | None:
 
     from mixtura.kernels.triton import TritonKernel
     from mixtura.kernels.triton.device import device_of
-    from mixtura.kernels.triton.tuned import read_tuned, tuned_path
+    from mixtura.kernels.triton.tuned import DTYPES, read_tuned, tuned_path
+    from mixtura.quant.formats import WeightFormat
 
     parts = [layer.experts for layer in found.layers if layer.experts is not None]
     sizes = {
-        (part.num_experts, part.hidden_size, part.intermediate_size, part.layout)
+        (
+            *(part.num_experts, part.hidden_size, part.intermediate_size, part.layout),
+            part.dtype in (*DTYPES, WeightFormat.BF16.value, WeightFormat.FP16.value),
+        )
         for part in parts
         if part.kernel == TritonKernel.name
     }
@@ -133,7 +137,11 @@ def tuned_of(found: ModelExplanation) -> str | None:
     device = device_of(torch.device(found.device))
     file = read_tuned(tuned_path(device), device)
     num_entries = sum(
-        (key.num_experts, key.hidden_size, key.intermediate_size, key.gate_up.value) in sizes
+        (
+            *(key.num_experts, key.hidden_size, key.intermediate_size, key.gate_up.value),
+            key.packing is None,
+        )
+        in sizes
         for key in file.entries
     )
     return f"{num_entries} entries for these experts; {file}"

@@ -37,7 +37,15 @@ def tune(
     model: Model = None,
     dtype: Annotated[
         TunedDtype | None,
-        typer.Option(help="Of weights and rows. Default: the checkpoint's, else bf16."),
+        typer.Option(help="Of rows and dense weights. Default: the checkpoint's, else bf16."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Tune for dense experts that are kept in this format: int4, fp8-block, mxfp4, ... "
+            "Default: as they are stored.",
+            metavar="FORMAT",
+        ),
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.0, help="Time to spend.")] = DEFAULT_MINUTES,
     rows: Annotated[
@@ -65,8 +73,9 @@ def tune(
 ) -> None:
     """Look for faster blocks for a model's experts on this GPU.
 
-    Reads the model's configuration alone. An interrupted run goes on when it is started again.
-    What wins by 3 % twice is kept, for experts of exactly these sizes on this GPU.
+    Reads the model's configuration, and headers of quantized weights. An interrupted run goes on
+    when it is started again. What wins by 3 % twice is kept, for experts of exactly these sizes on
+    this GPU.
     """
     numbers = parse_rows(rows)
     check_target(out)
@@ -78,7 +87,7 @@ def tune(
         from mixtura.kernels.triton.candidates import cases_of
 
         wanted = {None: None, TunedDtype.BF16: torch.bfloat16, TunedDtype.FP16: torch.float16}
-        cases = cases_of(layer_shapes(name, wanted[dtype]), numbers)
+        cases = cases_of(layer_shapes(name, wanted[dtype], weights), numbers)
         device = gpu(dry_run)
     if dry_run:
         show_plan(cases, device, as_json=as_json)

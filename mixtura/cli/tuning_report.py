@@ -153,8 +153,10 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _case_columns(case: Case) -> tuple[str, ...]:
-    config = case.shape.config
+    config, quantization = case.shape.config, case.shape.quantization
     experts = f"{config.num_experts} of {config.hidden_size} x {config.intermediate_size}"
+    if quantization is not None:
+        experts += f", {quantization}"
     rows = ", ".join(f"{number:,}" for number in case.rows)
     return experts, case.product.value, str(case.tile_rows), rows
 

@@ -140,10 +140,13 @@ class PackedExperts(nn.Module):
         if self.given is not None:
             first, schemes = self.given.gate_up_proj.values, self.given.schemes
             roundings = self.given.roundings(self.options.activation_dtype)
+            is_unlike = self.given.has_unlike_gate_up
         else:
-            first = self.storage["gate_up_proj"].read(self)
-            dtypes = (t.dtype for role, t in self._stored().items() if role.endswith("_proj"))
+            stored = self._stored()
+            first = stored["gate_up_proj"]
+            dtypes = (t.dtype for role, t in stored.items() if role.endswith("_proj"))
             schemes, roundings = tuple(map(QuantScheme.dense, dict.fromkeys(dtypes))), ()
+            is_unlike = "up_proj" in stored and stored["up_proj"].dtype != first.dtype
         return ExpertsProblem(
             experts=self.experts_config,
             schemes=schemes,
@@ -155,6 +158,7 @@ class PackedExperts(nn.Module):
             activation_dtype=self.options.activation_dtype,
             roundings=roundings,
             activations=None if self.given is None else self.given.activations,
+            has_unlike_gate_up=is_unlike,
         )
 
     def decide(self, problem: ExpertsProblem) -> KernelDecision:
@@ -191,7 +195,7 @@ class PackedExperts(nn.Module):
             self.materialize()  # before anything is computed from freed parameters
         kernel = self._kernel_for(batch, self._needs_grad(rows, batch.topk_weights))
         self._check_capture(kernel, rows.device)
-        if torch.compiler.is_compiling() and not kernel.packs_in_graphs and not self._holds(kernel):
+        if self._packs_outside(kernel):
             out: Tensor = torch.ops.mixtura.experts(
                 rows, batch.local_ids, batch.topk_weights, self.key, reduce
             )
@@ -287,12 +291,24 @@ class PackedExperts(nn.Module):
                 f"kernel ({kernel.name})", "one that reads ids there", "Choose another kernel"
             )
         held = self.state.held
-        if not kernel.shares_memory and (held is None or not self._is_current(held, kernel)):
+        if not self._shares_memory(kernel) and (held is None or not self._is_current(held, kernel)):
             raise cannot_capture(
                 f"kernel ({kernel.name})",
                 "weights that it has not packed yet",
                 "Run the layer once before the capture",
             )
+
+    def _is_quantized(self) -> bool:
+        return self.given is not None and any(s.is_quantized for s in self.given.schemes)
+
+    def _shares_memory(self, kernel: ExpertsKernel) -> bool:
+        return kernel.shares_memory(self._is_quantized())
+
+    def _packs_outside(self, kernel: ExpertsKernel) -> bool:
+        """Whether a graph is compiled that cannot hold the packing that a call begins with."""
+        if not torch.compiler.is_compiling() or self._holds(kernel):
+            return False
+        return not kernel.packs_in_graphs(self._is_quantized())
 
     def _holds(self, kernel: ExpertsKernel) -> bool:
         """Whether the kernel has the weights, and nobody else."""
@@ -307,7 +323,7 @@ class PackedExperts(nn.Module):
             packed = kernel.pack(self.expert_weights, self.options.activation_dtype)
             # What autograd records belongs to one call; so does what a parametrization computes.
             if not is_recorded and self._is_kept():
-                frees = not kernel.shares_memory and self._can_be_freed()
+                frees = not self._shares_memory(kernel) and self._can_be_freed()
                 freed = self._stored() if frees else {}
                 spare_rows = self._free() if frees else {}
                 self.state.held = HeldWeights(

@@ -185,6 +185,7 @@ class ExpertsPlan:
             activation_dtype=self.options.activation_dtype,
             roundings=weights.roundings(self.options.activation_dtype),
             activations=weights.activations,
+            has_unlike_gate_up=weights.has_unlike_gate_up,
         )
 
     def decide(self, device: str | None = None) -> KernelDecision:

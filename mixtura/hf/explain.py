@@ -89,7 +89,7 @@ def explain(
         get_kernel(kernel)
     where = device_type(device)
     format = LoadFormats.parse(weights, None).weights
-    config, checkpoint = _quantized(model)
+    config, checkpoint = quantized_here(model)
     if checkpoint is None:
         config, headers = load_config(model), local_headers(model)
         if dtype is None and config.dtype is None and headers:
@@ -141,7 +141,7 @@ def explain(
     )
 
 
-def _quantized(model: str | Path) -> tuple[Any, StoredCheckpoint | None]:
+def quantized_here(model: str | Path) -> tuple[Any, StoredCheckpoint | None]:
     """Configuration and weights of a quantized checkpoint that is here, else nothing."""
     where = model if is_gguf(model) else local_directory(model)
     found = None if where is None else find_packed(where)
@@ -251,13 +251,13 @@ class _Reader:
         if self.load is not None and packed is not None:
             config, matrices = self.load.reader.matrices(packed, self.model.dtype)
             weights = replace(
-                _with_matrices(plan, config, matrices, self.load.reader.inputs(packed)),
+                with_matrices(plan, config, matrices, self.load.reader.inputs(packed)),
                 activations=self.load.reader.activations(packed),
             )
             num_bytes, words_of_format = weights.num_bytes, formats_in_words(matrices)
             plan = replace(plan, config=config, given=weights, row_dtype=self.model.dtype)
         elif self.format is not None:
-            weights = _in_format(plan.weights(), self.format)
+            weights = in_format(plan.weights(), self.format)
             # A dense format is the parameters' dtype, rows that are no experts included.
             is_packed = self.format.scheme.is_quantized
             num_bytes = weights.num_bytes if is_packed else _stored_bytes(plan, self.format)
@@ -296,7 +296,7 @@ class _Reader:
         )
 
 
-def _with_matrices(
+def with_matrices(
     plan: ExpertsPlan,
     config: ExpertsConfig,
     matrices: dict[str, QuantizedMatrix],
@@ -323,7 +323,7 @@ def _stored_bytes(plan: ExpertsPlan, format: WeightFormat | None = None) -> int:
     return total
 
 
-def _in_format(weights: ExpertWeights, format: WeightFormat) -> ExpertWeights:
+def in_format(weights: ExpertWeights, format: WeightFormat) -> ExpertWeights:
     """The same experts in a weight format; all without memory."""
 
     def convert(matrix: QuantizedMatrix) -> QuantizedMatrix:

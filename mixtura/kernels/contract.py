@@ -32,10 +32,8 @@ class ExpertsKernel(ABC):
         automatic_on: those of them on which it may be taken without being asked for by name; None
             for all of them.
         rounds_between: gate, up and experts' outputs are rounded to the rows' dtype on their way.
-        shares_memory: `pack` returns views of the given weights and frees nothing.
         is_capturable: `run` never waits for the host on a GPU, so that a CUDA graph can hold it;
             elsewhere it is of no account.
-        packs_in_graphs: torch.compile can trace `pack`; else a graph's first call packs.
         activation_dtypes: the arithmetic with quantized weights that may be asked for.
         rounding_codes: codes that it rounds rows to with the stored scales of `ExpertWeights`.
     """
@@ -46,9 +44,7 @@ class ExpertsKernel(ABC):
     has_backward: ClassVar[bool] = False
     is_row_invariant: ClassVar[bool] = False
     rounds_between: ClassVar[bool] = False
-    shares_memory: ClassVar[bool] = False
     is_capturable: ClassVar[bool] = False
-    packs_in_graphs: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = ()
     rounding_codes: ClassVar[tuple[Code, ...]] = ()
 
@@ -103,6 +99,21 @@ class ExpertsKernel(ABC):
         meant, asked = problem.activations, problem.activation_dtype
         found = self.activations(asked, meant, problem.schemes)
         return bool(problem.roundings) or (found is not None and found == meant)
+
+    def shares_memory(self, is_quantized: bool) -> bool:
+        """Whether `pack` returns views of the given weights, dense or not, and frees nothing."""
+        return False
+
+    def packs_in_graphs(self, is_quantized: bool) -> bool:
+        """Whether torch.compile can trace `pack`; else a graph's first call packs."""
+        return True
+
+    def shortfall(self, problem: ExpertsProblem) -> str | None:
+        """Why it does not round rows as the checkpoint means, on this machine, or None.
+
+        Under strict=True such a kernel is refused.
+        """
+        return None
 
     def how(self, problem: ExpertsProblem) -> str | None:
         """How it runs the problem on this machine, in a few words, where there is a choice."""
@@ -166,7 +177,8 @@ class StoredWeightsKernel(ExpertsKernel):
     where the checkpoint alone means it. `activations` of the packed weights is what is done.
     """
 
-    shares_memory: ClassVar[bool] = True
+    def shares_memory(self, is_quantized: bool) -> bool:
+        return True
 
     def activations(
         self,

@@ -173,7 +173,8 @@ def select_kernel(
     Args:
         problem: what is to be run.
         kernel: insist on this one.
-        strict: an error instead of a kernel that is not the preferred one.
+        strict: an error instead of a kernel that is not the preferred one, or that falls short of
+            what the checkpoint means (`shortfall`).
 
     Raises:
         ConfigError: the name is unknown.
@@ -202,13 +203,18 @@ def select_kernel(
             is_passed_over = taken is None and kernel is None and is_automatic
             is_fallback = is_fallback or is_passed_over
             rejections.append(Rejection(name, reason))
-    if taken is None or (strict and is_fallback):
+    shortfall = None if taken is None or not strict else taken.shortfall(problem)
+    if taken is not None and shortfall is not None:
+        rejections.append(Rejection(taken.name, shortfall))
+    if taken is None or (strict and is_fallback) or shortfall is not None:
         lines = "".join(f"\n  {r.kernel}: {r.reason}" for r in rejections)
         asked = f"kernel ({kernel!r})" if kernel else "a kernel"
+        remedy = "Change what the reasons name, or choose another kernel or drop strict."
+        if shortfall is not None:
+            remedy = "Ask for activation_dtype='bf16' to take rows as they come, or drop strict."
         kind = "the preferred kernel under strict=True" if taken is not None else asked
         raise NoKernelFits(
             f"{kind} must be able to run experts of {problem.weight_dtype} weights (scheme "
-            f"{problem.scheme}) on {problem.device}; got:{lines}\nChange what the reasons name, or "
-            f"choose another kernel or drop strict."
+            f"{problem.scheme}) on {problem.device}; got:{lines}\n{remedy}"
         )
     return KernelDecision(problem, taken, tuple(rejections), is_fallback)

@@ -77,12 +77,14 @@ class CpuKernel(ExpertsKernel):
     name: ClassVar[str] = "cpu"
     devices: ClassVar[tuple[str, ...] | None] = ("cpu",)
     is_row_invariant: ClassVar[bool] = True
-    packs_in_graphs: ClassVar[bool] = False
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = (
         ActivationDtype.INT8,
         ActivationDtype.BF16,
     )
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
+
+    def packs_in_graphs(self, is_quantized: bool) -> bool:
+        return False
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         reason = missing()
@@ -91,8 +93,8 @@ class CpuKernel(ExpertsKernel):
         if problem.row_dtype not in ROW_DTYPES:
             return f"computes rows of fp32, fp16 and bf16, not {problem.row_dtype}"
         is_apart = problem.experts.gate_up is GateUp.SEPARATE
-        if is_apart and len(problem.schemes) > 1:
-            return "reads gate and up of one scheme, and the projections have several"
+        if problem.has_unlike_gate_up:
+            return "reads gate and up of one scheme, and they have two"
         if is_apart and any(scheme.has_permutation for scheme in problem.schemes):
             return "reads gate and up of one order of columns, and the projections have their own"
         for scheme in problem.schemes:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixtura.kernels.cpu.arithmetic import Arithmetic
-from mixtura.kernels.cpu.checks import check_finite, check_permutation
+from mixtura.kernels.cpu.checks import check_permutation
 from mixtura.kernels.cpu.conversions import as_read, code_name, conversion_of
 from mixtura.kernels.cpu.extension import extension
 from mixtura.kernels.cpu.memory import allocate
 from mixtura.quant.activations import StaticInputs
+from mixtura.quant.finite import check_finite
 from mixtura.quant.matrix import SUPER_BLOCKS, QuantizedMatrix
 from mixtura.quant.scheme import Code, GlobalScale, QuantScheme, ZeroPoint
 

@@ -11,6 +11,7 @@ import torch
 from mixtura.config import ExpertsConfig, GateUp
 from mixtura.errors import InputError
 from mixtura.kernels.triton.device import Device
+from mixtura.kernels.triton.packed.quantization import Quantization
 from mixtura.kernels.triton.regimes import SMALL_TILES, tiling_for
 from mixtura.kernels.triton.table import (
     DIRECT_TILE,
@@ -18,11 +19,14 @@ from mixtura.kernels.triton.table import (
     MAX_STAGES,
     MIN_COLUMNS,
     MIN_DEPTH,
+    PACKED_DIRECT_ROWS,
     Blocks,
     Key,
+    Packing,
     Product,
     blocks_for,
     fitted,
+    shared_bytes,
     suited,
 )
 from mixtura.types import Tiling
@@ -53,16 +57,21 @@ class LayerShape:
     """MoE layers of a model that run the same kernels.
 
     Attributes:
-        config: sizes and layout of the experts. dtype: of weights and rows. top_k: K.
+        config: sizes and layout of the experts. dtype: of rows, and of dense weights. top_k: K.
+        quantization: of the weights; None where they are dense.
     """
 
     config: ExpertsConfig
     dtype: torch.dtype
     top_k: int
+    quantization: Quantization | None = None
 
     def key(self, product: Product, tile_rows: int) -> Key:
         """What the entries for one of its products are found by."""
-        config = self.config
+        config, quantization = self.config, self.quantization
+        packing = None
+        if quantization is not None:
+            packing = quantization.packing(config, product, self.dtype)
         return Key(
             self.dtype,
             product,
@@ -71,8 +80,15 @@ class LayerShape:
             config.hidden_size,
             config.intermediate_size,
             config.gate_up,
-            config.is_transposed,
+            config.is_transposed and packing is None,
+            packing,
         )
+
+    @property
+    def weight_bits(self) -> int:
+        """Of a weight of the down projection, but for scales."""
+        packing = self.key(Product.DOWN, DIRECT_TILE).packing
+        return 8 * self.dtype.itemsize if packing is None else packing.bits
 
     def tiling(self, num_rows: int) -> Tiling | None:
         """How slots of so many rows are cut; None where they are not sorted."""
@@ -151,7 +167,7 @@ def candidates(key: Key, device: Device) -> tuple[Blocks, ...]:
     """
     shipped = blocks_for(key, device)
     found: dict[Blocks, int] = {}
-    for blocks in _grid(key, device):
+    for blocks in _grid(key, device) if key.packing is None else _packed_grid(key, key.packing):
         changes = _num_changes(blocks, shipped)
         is_as_it_runs = fitted(suited(blocks, key), key, device) == blocks
         if 0 < changes <= MAX_CHANGES and is_as_it_runs and _is_sensible(blocks, key, device):
@@ -176,6 +192,16 @@ def _grid(key: Key, device: Device) -> Iterator[Blocks]:
                             yield replace(blocks, is_persistent=True)
 
 
+def _packed_grid(key: Key, packing: Packing) -> Iterator[Blocks]:
+    """The same for quantized weights, whose packing gives the depth and may give the columns."""
+    tails = (0, 64) if key.tile_rows >= LARGE_TILE else (0,)
+    columns = (packing.columns,) if packing.columns else (MIN_COLUMNS, 32, 64, 128, 256)
+    stages = range(2, MAX_STAGES + 1)
+    for cut in itertools.product(columns, (packing.depth,), (2, 4, 8, 16), stages):
+        for tail_rows in tails:
+            yield Blocks(*cut, tail_rows=tail_rows)
+
+
 def _num_changes(blocks: Blocks, other: Blocks) -> int:
     pairs = (
         (blocks.columns, other.columns),
@@ -191,6 +217,8 @@ def _num_changes(blocks: Blocks, other: Blocks) -> int:
 
 def _is_sensible(blocks: Blocks, key: Key, device: Device) -> bool:
     """Whether the blocks are filled by the product, and every warp has its part of them."""
+    if key.packing is not None:
+        return _is_sensible_packed(blocks, key, key.packing, device)
     if blocks.columns >= 2 * max(key.num_columns, MIN_COLUMNS):
         return False
     if blocks.depth >= 2 * max(key.depth, MIN_DEPTH):
@@ -207,4 +235,25 @@ def _is_sensible(blocks: Blocks, key: Key, device: Device) -> bool:
     wide = blocks.columns * (2 if is_interleaved else 1)
     if key.tile_rows >= LARGE_TILE:
         wide = key.tile_rows
+    return wide >= WIDE_ROWS * (blocks.num_warps // WIDE_WARPS)
+
+
+def _is_sensible_packed(blocks: Blocks, key: Key, packing: Packing, device: Device) -> bool:
+    """The same for quantized weights, which are multiplied in every kernel."""
+    if not packing.columns and blocks.columns >= 2 * max(key.num_columns, MIN_COLUMNS):
+        return False
+    if shared_bytes(blocks, key, device) > device.shared_bytes:
+        return False
+    sides = 2 if key.is_doubled else 1
+    rows = max(key.tile_rows, PACKED_DIRECT_ROWS)
+    sums = sides * rows * blocks.columns // (WARP_SIZE * blocks.num_warps)
+    if not MIN_SUMS <= sums <= MAX_SUMS:
+        return False
+    if not device.has_wide_products:
+        return True
+    # Codes as wide as operands come from shared memory: gate and up are products of their own.
+    is_decoded = packing.bits < 8 * packing.operand_bytes
+    wide = blocks.columns * (sides if is_decoded else 1)
+    if key.tile_rows >= LARGE_TILE and not is_decoded:
+        wide = key.tile_rows * max(1, blocks.columns // WIDE_ROWS)
     return wide >= WIDE_ROWS * (blocks.num_warps // WIDE_WARPS)

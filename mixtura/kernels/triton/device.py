@@ -15,6 +15,9 @@ MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 """The first with bf16 products and asynchronous copies."""
 
+MIN_E4M3_CAPABILITY = (8, 9)
+"""The first with products of fp8."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -101,6 +104,14 @@ def missing() -> str | None:
                 f"one has {_dotted(capability)}"
             )
     return None
+
+
+@lru_cache
+def has_e4m3_products() -> bool:
+    """Whether the GPU multiplies e4m3 codes; one that is not here is taken for a recent one."""
+    if not torch.cuda.is_available():
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability() >= MIN_E4M3_CAPABILITY
 
 
 def _dotted(capability: tuple[int, int]) -> str:

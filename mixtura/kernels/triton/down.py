@@ -41,7 +41,7 @@ def down_tile(
     else:
         total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for k in tl.range(0, INTERMEDIATE_SIZE, BLOCK_K):
-        x = read_rows(rows, is_row, k, INTERMEDIATE_SIZE, BLOCK_K, INTERPRET)
+        x = read_rows(rows, is_row, k, INTERMEDIATE_SIZE, BLOCK_K, BLOCK_K, INTERPRET)
         w = read_tile(
             weight, expert, row, k, HIDDEN_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE, STRIDES, BLOCK_N,
             BLOCK_K, READ, INTERPRET,

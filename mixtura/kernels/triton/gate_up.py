@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mixtura.kernels.triton.steps import (
-    activate,
+    finish_hidden,
     multiply_add,
     read_rows,
     read_tile,
@@ -52,7 +52,6 @@ def gate_up_tile(
     INTERMEDIATE_SIZE: tl.constexpr = SIZES[1]
     UP_SIZE: tl.constexpr = SIZES[2]
     IS_INTERLEAVED: tl.constexpr = GATE_UP == "interleaved"
-    IS_GATED: tl.constexpr = GATE_UP != "ungated"
     IS_ONE_SUM: tl.constexpr = GATE_UP == "interleaved" or GATE_UP == "ungated"
     WIDTH: tl.constexpr = 2 * BLOCK_N if IS_INTERLEAVED else BLOCK_N
     END: tl.constexpr = UP_SIZE if IS_ONE_SUM else INTERMEDIATE_SIZE
@@ -70,7 +69,7 @@ def gate_up_tile(
         gate = tl.zeros((BLOCK_T, WIDTH), dtype=tl.float32)
         up = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for k in tl.range(0, HIDDEN_SIZE, BLOCK_K):
-        x = read_rows(x_rows, is_row, k, HIDDEN_SIZE, BLOCK_K, INTERPRET)
+        x = read_rows(x_rows, is_row, k, HIDDEN_SIZE, BLOCK_K, BLOCK_K, INTERPRET)
         w = read_tile(
             weight, expert, row, k, END, UP_SIZE, HIDDEN_SIZE, STRIDES, WIDTH, BLOCK_K, READ,
             INTERPRET,
@@ -90,18 +89,10 @@ def gate_up_tile(
         gate, up = tl.split(tl.reshape(gate, (BLOCK_T, BLOCK_N, 2)))
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = n < INTERMEDIATE_SIZE
-    if slot_weights_ptr is not None:
-        scale = tl.load(slot_weights_ptr + slot, mask=is_row, other=0.0)[:, None]
-        gate *= scale
-        up *= scale
-    if bias_ptr is not None:
-        bias = bias_ptr + expert * UP_SIZE
-        n_gate = 2 * n if IS_INTERLEAVED else n
-        gate += tl.load(bias + n_gate, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        if IS_GATED:
-            n_up = 2 * n + 1 if IS_INTERLEAVED else UP_START + n
-            up += tl.load(bias + n_up, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    hidden = activate(gate, up, IS_GATED, ACTIVATION)
+    hidden = finish_hidden(
+        gate, up, n, slot, is_row, is_column, slot_weights_ptr, bias_ptr, expert, SIZES, GATE_UP,
+        ACTIVATION,
+    )  # fmt: skip
     out = out_ptr + (first + t).to(tl.int64)[:, None] * INTERMEDIATE_SIZE + n[None, :]
     mask = is_row[:, None] & is_column[None, :]
     tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=mask)

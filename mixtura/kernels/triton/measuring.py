@@ -11,24 +11,38 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixtura.config import GateUp
 from mixtura.kernels.triton.align import order_slots
+from mixtura.kernels.triton.call import Call
 from mixtura.kernels.triton.candidates import Case, LayerShape
+from mixtura.kernels.triton.dense import DenseCall
 from mixtura.kernels.triton.device import device_of
-from mixtura.kernels.triton.experts import Call
 from mixtura.kernels.triton.launch import Launch
+from mixtura.kernels.triton.packed import measured
+from mixtura.kernels.triton.packed.call import PackedCall
+from mixtura.kernels.triton.packed.experts import PackedWeights
+from mixtura.kernels.triton.packed.made_up import random_experts
+from mixtura.kernels.triton.packed.rounding import Rows
 from mixtura.kernels.triton.table import DIRECT_TILE, Blocks, Product
 from mixtura.kernels.triton.trials import Failed, Timed, Trial, told
 from mixtura.quant.matrix import dense
 from mixtura.types import ExpertOrder, ExpertWeights
 
-TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""Of a value, and of the mean size of all: two units in the last place, as sums are added up in
-another order before they are rounded."""
+TOLERANCE = {
+    torch.bfloat16: 2**-6,
+    torch.float16: 2**-9,
+    torch.float32: 2**-9,
+    torch.float8_e4m3fn: 2**-2,
+    torch.int8: 2**-4,
+}
+"""Of a value, and of the mean size of all, by what is written: two units in the last place, as sums
+are added up in another order before they are rounded. Numbers of fp32 are sums of products that
+need not be exact; the largest code of int8 is some four times the mean size."""
 
 COMPARED_ROWS = 4096
 """Rows of results that are compared at a time, in fp32."""
@@ -52,6 +66,8 @@ MAX_ROUNDS = 200
 SWEEP_SECONDS, FINAL_SECONDS = 0.2, 1.0
 """For both contenders together, beside the first rounds."""
 
+Experts = ExpertWeights | PackedWeights
+
 Clock = Callable[[Sequence[Sequence[Launch]], bool], list[float]]
 """Contenders' launches, and whether it is the last look -> seconds of one launch each."""
 
@@ -62,10 +78,16 @@ class CaptureFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A batch of its own ids. `order` is None where slots are not sorted."""
+    """A batch of its own ids.
+
+    Attributes:
+        order: None where slots are not sorted.
+        read: what the product multiplies.
+    """
 
     call: Call
     order: ExpertOrder | None
+    read: Tensor | Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +95,50 @@ class Batches:
     """What a case is measured on at one number of rows.
 
     Attributes:
-        hidden: (N, I) input of the down projection.
         out: what launches write. truth: the same as the table's blocks write it, first turn.
     """
 
     case: Case
     turns: tuple[Turn, ...]
-    hidden: Tensor
-    out: Tensor
+    out: Tensor | Rows
     truth: Tensor
 
     def launches(self, blocks: Blocks | None) -> list[Launch]:
         """One a turn; None: with the table's blocks."""
-        return [launch_of(self.case, turn, self.hidden, self.out, blocks) for turn in self.turns]
+        return [launch_of(self.case, turn, self.out, blocks) for turn in self.turns]
+
+    def count_wrong(self) -> int:
+        """Values of the first turn that are not the truth's."""
+        dtype = self.out.data.dtype
+        return count_wrong(values(self.out), self.truth, TOLERANCE[dtype])
 
 
-def launch_of(case: Case, turn: Turn, hidden: Tensor, out: Tensor, blocks: Blocks | None) -> Launch:
+def launch_of(case: Case, turn: Turn, out: Tensor | Rows, blocks: Blocks | None) -> Launch:
     """The launch of a case's product alone."""
     tuned = {} if blocks is None else {case.key: blocks}
-    call = replace(turn.call, tuned=tuned)
+    call, order = replace(turn.call, tuned=tuned), turn.order
+    assert order is None or order.tiling.rows == case.tile_rows, (order, case)
     is_first = case.product is Product.GATE_UP
-    if turn.order is None:
-        return call.direct_gate_up(out) if is_first else call.direct_down(hidden, out)
-    assert turn.order.tiling.rows == case.tile_rows, (turn.order.tiling, case)
-    return call.gate_up(turn.order, out) if is_first else call.down(turn.order, hidden, out)
+    if isinstance(call, PackedCall):
+        assert isinstance(turn.read, Rows) and isinstance(out, Rows)
+        return measured.launch_of(call, case.product, order, turn.read, out)
+    assert isinstance(call, DenseCall) and isinstance(turn.read, Tensor) and isinstance(out, Tensor)
+    if order is None:
+        return call.direct_gate_up(out) if is_first else call.direct_down(turn.read, out)
+    return call.gate_up(order, out) if is_first else call.down(order, turn.read, out)
+
+
+def values(out: Tensor | Rows) -> Tensor:
+    """What has been written, as numbers."""
+    return measured.values(out) if isinstance(out, Rows) else out
+
+
+def forget_(out: Tensor | Rows) -> None:
+    """Put NaN where something is to be written."""
+    if isinstance(out, Rows):
+        measured.forget_(out)
+    else:
+        out.fill_(torch.nan)
 
 
 class Measuring:
@@ -108,7 +150,7 @@ class Measuring:
         self._case: Case | None = None
         self._batches: list[Batches] = []
         self._shape: LayerShape | None = None
-        self._weights: list[ExpertWeights] = []
+        self._weights: list[Experts] = []
 
     def __call__(self, case: Case, blocks: Blocks, is_final: bool) -> Trial:
         """Compare and time; whatever goes wrong is an answer."""
@@ -129,11 +171,11 @@ class Measuring:
         shipped, tried = [], []
         for batches in self._batches:
             launches = batches.launches(blocks)
-            batches.out.fill_(torch.nan)
+            forget_(batches.out)
             launches[0].run()
-            num_wrong = count_wrong(batches.out, batches.truth)
+            num_wrong = batches.count_wrong()
             if num_wrong:
-                return Failed(f"gives {num_wrong} wrong values of {batches.out.numel()}")
+                return Failed(f"gives {num_wrong} wrong values of {batches.truth.numel()}")
             old, new = self._clock([batches.launches(None), launches], is_final)
             shipped.append(old)
             tried.append(new)
@@ -163,14 +205,13 @@ def cuda_measuring() -> Measuring:
     return Measuring("cuda")
 
 
-def count_wrong(found: Tensor, truth: Tensor) -> int:
+def count_wrong(found: Tensor, truth: Tensor, tolerance: float) -> int:
     """Values (rows, columns) that are not the truth's; NaN must be where it is there."""
     pairs = list(
         zip(torch.split(found, COMPARED_ROWS), torch.split(truth, COMPARED_ROWS), strict=True)
     )
     squares = [torch.nan_to_num(part.float()).square().mean() for _, part in pairs]
     size = torch.stack(squares).max().sqrt()
-    tolerance = TOLERANCE[truth.dtype]
     num_wrong = torch.zeros((), dtype=torch.int64, device=truth.device)
     for part, true in pairs:
         error = (part.float() - true.float()).abs()
@@ -181,15 +222,21 @@ def count_wrong(found: Tensor, truth: Tensor) -> int:
     return int(num_wrong)
 
 
-def make_weights(shape: LayerShape, device: torch.device) -> list[ExpertWeights]:
+def make_weights(shape: LayerShape, device: torch.device) -> list[Experts]:
     """Random experts; several sets of them where one would stay in the L2 cache."""
-    config, dtype = shape.config, shape.dtype
-    inner = config.hidden_size * config.intermediate_size * config.num_experts
-    wanted = ceil(ROTATED * l2_bytes(device) / (inner * dtype.itemsize))
+    config = shape.config
+    size = config.hidden_size * config.intermediate_size * config.num_experts
+    wanted = ceil(ROTATED * l2_bytes(device) / (size * shape.weight_bits / 8))
     return [_experts(shape, device) for _ in range(max(1, min(wanted, MAX_WEIGHTS)))]
 
 
-def _experts(shape: LayerShape, device: torch.device) -> ExpertWeights:
+def _experts(shape: LayerShape, device: torch.device) -> Experts:
+    if shape.quantization is None:
+        return _dense_experts(shape, device)
+    return random_experts(shape.config, shape.quantization, shape.dtype, device)
+
+
+def _dense_experts(shape: LayerShape, device: torch.device) -> ExpertWeights:
     config, dtype = shape.config, shape.dtype
     count, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
 
@@ -213,7 +260,7 @@ def _experts(shape: LayerShape, device: torch.device) -> ExpertWeights:
     )
 
 
-def make_batches(case: Case, num_rows: int, weights: Sequence[ExpertWeights]) -> Batches:
+def make_batches(case: Case, num_rows: int, weights: Sequence[Experts]) -> Batches:
     """Random rows, their choices of experts, and what the table's blocks make of the first."""
     config, device = case.shape.config, weights[0].device
     num_slots = num_rows * case.shape.top_k
@@ -223,18 +270,23 @@ def make_batches(case: Case, num_rows: int, weights: Sequence[ExpertWeights]) ->
 
     rows = empty(num_rows, config.hidden_size).normal_()
     hidden = empty(num_slots, config.intermediate_size).normal_()
-    is_direct = case.tile_rows == DIRECT_TILE
-    out = empty(num_rows if is_direct else num_slots, config.hidden_size)
-    if case.product is Product.GATE_UP:
-        out = torch.empty_like(hidden)
     turns = tuple(
-        _turn(case, rows, weights[number % len(weights)])
+        _turn(case, rows, hidden, weights[number % len(weights)])
         for number in range(num_turns(case, num_rows, len(weights), device))
     )
-    out.fill_(torch.nan)
-    launch_of(case, turns[0], hidden, out, None).run()
-    assert not bool(out.isnan().all()), "nothing was written"
-    return Batches(case, turns, hidden, out, out.clone())
+    out: Tensor | Rows
+    if isinstance(turns[0].call, PackedCall):
+        out = measured.written_by(turns[0].call, case.product)
+    elif case.product is Product.GATE_UP:
+        out = torch.empty_like(hidden)
+    else:
+        is_direct = case.tile_rows == DIRECT_TILE
+        out = empty(num_rows if is_direct else num_slots, config.hidden_size)
+    forget_(out)
+    launch_of(case, turns[0], out, None).run()
+    truth = values(out).clone()
+    assert not bool(truth.isnan().all()), "nothing was written"
+    return Batches(case, turns, out, truth)
 
 
 def num_turns(case: Case, num_rows: int, num_weights: int, device: torch.device) -> int:
@@ -242,20 +294,25 @@ def num_turns(case: Case, num_rows: int, num_weights: int, device: torch.device)
     shape = case.shape
     config = shape.config
     num_experts = min(num_rows * shape.top_k, config.num_experts)
-    read = num_experts * config.hidden_size * config.intermediate_size * shape.dtype.itemsize
-    wanted = ceil(ROTATED * l2_bytes(device) / read)
+    size = num_experts * config.hidden_size * config.intermediate_size
+    wanted = ceil(ROTATED * l2_bytes(device) / (size * shape.weight_bits / 8))
     return max(MIN_TURNS, num_weights, min(wanted, MAX_TURNS))
 
 
-def _turn(case: Case, rows: Tensor, weights: ExpertWeights) -> Turn:
+def _turn(case: Case, rows: Tensor, hidden: Tensor, weights: Experts) -> Turn:
     shape = case.shape
     num_rows, num_experts = rows.shape[0], shape.config.num_experts
     scores = torch.rand(num_rows, num_experts, device=rows.device)
     ids = scores.topk(shape.top_k).indices.to(torch.int32)
     topk_weights = torch.rand(num_rows, shape.top_k, device=rows.device).softmax(1)
-    call = Call(weights, rows, ids, topk_weights, weighs_input=False, device=device_of(rows.device))
     tiling = shape.tiling(num_rows)
-    return Turn(call, None if tiling is None else order_slots(ids, num_experts, tiling))
+    order = None if tiling is None else order_slots(ids, num_experts, tiling)
+    inputs = (weights, rows, ids, topk_weights)
+    options: dict[str, Any] = {"weighs_input": False, "device": device_of(rows.device)}
+    if isinstance(weights, PackedWeights):
+        packed = PackedCall(*inputs, **options)
+        return Turn(packed, order, measured.read_by(packed, case.product))
+    return Turn(DenseCall(*inputs, **options), order, hidden)
 
 
 def l2_bytes(device: torch.device) -> int:

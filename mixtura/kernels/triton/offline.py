@@ -32,12 +32,15 @@ class Resources:
         registers: of a thread.
         spilled_bytes: of a thread's stack; what does not fit in registers goes there.
         shared_bytes: of a program.
+        tensor_columns: of a program, in the memory that Blackwell's products have of their own: it
+            has 512, and with more Triton compiles a kernel that ends in a trap.
         cubin: machine code.
     """
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    tensor_columns: int
     cubin: bytes
 
     @property
@@ -81,8 +84,9 @@ def compile_launch(launch: Any, capability: int) -> Resources:
         compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
         cubin: bytes = compiled.asm["cubin"]
         shared: int = compiled.metadata.shared
+        columns: int = compiled.metadata.tmem_size
     usage = _cuobjdump("-res-usage", cubin)
-    return Resources(_number(usage, "REG"), _number(usage, "STACK"), shared, cubin)
+    return Resources(_number(usage, "REG"), _number(usage, "STACK"), shared, columns, cubin)
 
 
 def _number(usage: str, key: str) -> int:

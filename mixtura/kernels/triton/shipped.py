@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from mixtura.config import (
     GateUp,
     PostNorm,
 )
+from mixtura.kernels.triton.call import Call
+from mixtura.kernels.triton.dense import DenseCall
 from mixtura.kernels.triton.device import HOPPER, Device
-from mixtura.kernels.triton.experts import Call
 from mixtura.kernels.triton.launch import Launch
 from mixtura.kernels.triton.regimes import LARGE_TILING, SMALL_TILES
+from mixtura.kernels.triton.sass import Step
 from mixtura.kernels.triton.table import DIRECT_TILE, Product
 from mixtura.quant.matrix import dense
 from mixtura.types import ExpertOrder, ExpertWeights, Tiling
@@ -40,7 +42,10 @@ DEVICES = {
 TILINGS = (None, *(Tiling(rows) for rows in SMALL_TILES), LARGE_TILING)
 """Every way in which slots are cut; None: they are not sorted."""
 
-TOP_K = 8
+NUM_ROWS, TOP_K = 16, 8
+"""Of the batch that calls are made for."""
+
+AnyCall = TypeVar("AnyCall", bound=Call)
 
 
 def _experts(hidden: int, intermediate: int, **options: Any) -> ExpertsConfig:
@@ -80,12 +85,16 @@ class Shipped:
         tile_rows: rows of a tile, 1 where slots are not sorted.
         estimated_bytes: shared memory that the choice of blocks expects it to take.
         launch: to be compiled.
+        weights: what quantized weights are stored in, and rows rounded to.
+        step: what a step of a product of these multiplies.
     """
 
     model: str
     tile_rows: int
     estimated_bytes: int | None
     launch: Launch
+    weights: str | None = None
+    step: Step | None = None
 
     @property
     def kernel(self) -> str:
@@ -97,7 +106,10 @@ class Shipped:
     def block(self) -> str:
         """Outputs x inputs of a step, where there are steps."""
         constants = self.launch.constants
-        return f"{constants['BLOCK_N']} x {constants['BLOCK_K']}" if "BLOCK_N" in constants else ""
+        if "BLOCK_N" not in constants:
+            return ""
+        depth = constants["BLOCK_K"] if self.step is None else self.step.depth
+        return f"{constants['BLOCK_N']} x {depth}"
 
 
 def shipped(
@@ -112,12 +124,12 @@ def shipped(
                 yield Shipped(model, rows, estimate, launch)
 
 
-def _call(config: ExpertsConfig, dtype: torch.dtype, device: Device) -> Call:
+def _call(config: ExpertsConfig, dtype: torch.dtype, device: Device) -> DenseCall:
     def stack(rows: int, columns: int) -> Tensor:
         shape = (config.num_experts, rows, columns)
         if config.is_transposed:
-            return _meta(*shape[::2], shape[1], dtype=dtype).transpose(1, 2)
-        return _meta(*shape, dtype=dtype)
+            return meta(*shape[::2], shape[1], dtype=dtype).transpose(1, 2)
+        return meta(*shape, dtype=dtype)
 
     count, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     is_separate = config.gate_up is GateUp.SEPARATE
@@ -126,22 +138,28 @@ def _call(config: ExpertsConfig, dtype: torch.dtype, device: Device) -> Call:
         gate_up_proj=dense(stack(config.up_size, hidden)),
         up_proj=dense(stack(config.up_size, hidden)) if is_separate else None,
         down_proj=dense(stack(hidden, inner)),
-        gate_up_bias=_meta(count, config.up_size, dtype=dtype) if config.has_bias else None,
-        down_bias=_meta(count, hidden, dtype=dtype) if config.has_bias else None,
-        post_norm=_meta(hidden, dtype=dtype) if config.post_norm is not None else None,
+        gate_up_bias=meta(count, config.up_size, dtype=dtype) if config.has_bias else None,
+        down_bias=meta(count, hidden, dtype=dtype) if config.has_bias else None,
+        post_norm=meta(hidden, dtype=dtype) if config.post_norm is not None else None,
     )
-    rows = 16
-    return Call(
+    return call_of(DenseCall, weights, dtype, device)
+
+
+def call_of(kind: type[AnyCall], weights: Any, dtype: torch.dtype, device: Device) -> AnyCall:
+    """A call of some rows without storage."""
+    return kind(
         weights,
-        _meta(rows, hidden, dtype=dtype),
-        _meta(rows, TOP_K, dtype=torch.int32),
-        _meta(rows, TOP_K, dtype=torch.float32),
+        meta(NUM_ROWS, weights.config.hidden_size, dtype=dtype),
+        meta(NUM_ROWS, TOP_K, dtype=torch.int32),
+        meta(NUM_ROWS, TOP_K, dtype=torch.float32),
         weighs_input=False,
         device=device,
     )
 
 
-def _launches(call: Call, tiling: Tiling | None) -> Iterator[tuple[int, Product | None, Launch]]:
+def _launches(
+    call: DenseCall, tiling: Tiling | None
+) -> Iterator[tuple[int, Product | None, Launch]]:
     """(rows of a tile, product, launch)."""
     config = call.config
     hidden = call.empty("", call.num_slots, config.intermediate_size)
@@ -152,22 +170,24 @@ def _launches(call: Call, tiling: Tiling | None) -> Iterator[tuple[int, Product 
         yield DIRECT_TILE, Product.DOWN, call.direct_down(hidden, out)
         yield DIRECT_TILE, None, call.combine(slots, out)
         return
-    order = _order(call, tiling)
+    order = order_of(call, tiling)
     yield tiling.rows, Product.GATE_UP, call.gate_up(order, hidden)
     yield tiling.rows, Product.DOWN, call.down(order, hidden, slots)
 
 
-def _order(call: Call, tiling: Tiling) -> ExpertOrder:
+def order_of(call: Call, tiling: Tiling) -> ExpertOrder:
+    """The order of a call's slots, without storage."""
     num_tiles = tiling.max_tiles(call.num_slots, call.config.num_experts)
     return ExpertOrder(
         call.ids,
-        _meta(call.num_slots),
-        _meta(call.config.num_experts + 1),
-        _meta(num_tiles, 4),
-        _meta(1),
+        meta(call.num_slots),
+        meta(call.config.num_experts + 1),
+        meta(num_tiles, 4),
+        meta(1),
         tiling,
     )
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """A tensor without storage."""
     return torch.empty(shape, dtype=dtype, device="meta")

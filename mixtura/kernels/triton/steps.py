@@ -31,12 +31,21 @@ def tile_entry(tiles_ptr, tile):
 
 @triton.jit
 def read_rows(
-    rows, is_row, k, NUM_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRET: tl.constexpr
+    rows,
+    is_row,
+    k,
+    NUM_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
-    """Columns k .. of the rows that pointers (T, 1) begin: (T, BLOCK_K), 0 behind the last."""
+    """Columns k .. of the rows that pointers (T, 1) begin: (T, BLOCK_K), 0 behind the last.
+
+    They are part of a step of DEPTH columns.
+    """
     columns = k + tl.arange(0, BLOCK_K)
     mask = is_row[:, None]
-    if NUM_COLUMNS % BLOCK_K != 0:
+    if NUM_COLUMNS % DEPTH != 0:
         mask = mask & (columns[None, :] < NUM_COLUMNS)
     tile = tl.load(rows + columns[None, :], mask=mask, other=0.0)
     if INTERPRET:
@@ -168,3 +177,39 @@ def activate(gate, up, IS_GATED: tl.constexpr, ACTIVATION: tl.constexpr):
             up = UP_SOFTCAP * tanh(up / UP_SOFTCAP)
         hidden = hidden * (up + UP_OFFSET)
     return hidden
+
+
+@triton.jit
+def finish_hidden(
+    gate,
+    up,
+    n,
+    slot,
+    is_row,
+    is_column,
+    slot_weights_ptr,
+    bias_ptr,
+    expert,
+    SIZES: tl.constexpr,
+    GATE_UP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """Hidden rows (T, N) in fp32 from the sums of gate and of up: columns n of slots (T,).
+
+    Weights (slots,), which scale the input, and biases (L, U), which lie as GATE_UP says, may be
+    None; SIZES are hidden size, intermediate size and U.
+    """
+    IS_GATED: tl.constexpr = GATE_UP != "ungated"
+    if slot_weights_ptr is not None:
+        scale = tl.load(slot_weights_ptr + slot, mask=is_row, other=0.0)[:, None]
+        gate *= scale
+        up *= scale
+    if bias_ptr is not None:
+        IS_INTERLEAVED: tl.constexpr = GATE_UP == "interleaved"
+        bias = bias_ptr + expert * SIZES[2]
+        n_gate = 2 * n if IS_INTERLEAVED else n
+        gate += tl.load(bias + n_gate, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        if IS_GATED:
+            n_up = 2 * n + 1 if IS_INTERLEAVED else SIZES[1] + n
+            up += tl.load(bias + n_up, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    return activate(gate, up, IS_GATED, ACTIVATION)

@@ -19,6 +19,9 @@ from mixtura.kernels.triton.device import Device
 DIRECT_TILE = 1
 """Stands for the rows of a tile where slots are not sorted."""
 
+PACKED_DIRECT_ROWS = 16
+"""Columns of sums of a program that reads quantized weights of unsorted slots: one or more live."""
+
 LARGE_TILE = 128
 """Rows from which on the rows are on the wide side of the product."""
 
@@ -72,6 +75,25 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """A quantized matrix, as far as the choice of blocks depends on it.
+
+    Attributes:
+        name: tells layouts apart. depth: inputs of a step, which the packing gives.
+        bits: of a code. operand_bytes: of what is multiplied.
+        scale_words: words of 32 bits that a row has in a step.
+        columns: outputs of a program, where those of one are rounded together; 0: any.
+    """
+
+    name: str
+    depth: int
+    bits: int
+    operand_bytes: int
+    scale_words: int = 0
+    columns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     """A product of experts, as far as the choice of blocks depends on it.
 
@@ -82,6 +104,7 @@ class Key:
         tile_rows: DIRECT_TILE, or the rows of a tile.
         num_experts, hidden_size, intermediate_size, gate_up: of `ExpertsConfig`.
         is_transposed: the matrix's columns are not next to each other in memory, its rows are.
+        packing: of a quantized matrix; None for a dense one.
     """
 
     dtype: torch.dtype
@@ -92,6 +115,7 @@ class Key:
     intermediate_size: int
     gate_up: GateUp = GateUp.STACKED
     is_transposed: bool = False
+    packing: Packing | None = None
 
     @property
     def width(self) -> Width:
@@ -117,7 +141,8 @@ class Key:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}/{self.product}/{self.tile_rows}/{self.width}"
+        packing = "" if self.packing is None else f"/{self.packing.name}"
+        return f"{dtype}/{self.product}/{self.tile_rows}/{self.width}{packing}"
 
 
 _WIDE_PRODUCTS: dict[tuple[Product, int], Blocks] = {
@@ -155,12 +180,70 @@ _BLACKWELL: dict[tuple[Product, int], Blocks] = {
 """Where sums are kept in a memory of their own: more of them do not fit in registers on their way
 out, beside what the next tile's first steps need."""
 
+_PACKED_PRODUCTS: dict[tuple[int, int], dict[tuple[Product, int], Blocks]] = {
+    (2, 4): {
+        (Product.GATE_UP, 1): Blocks(16, 128, 2, 6),
+        (Product.DOWN, 1): Blocks(32, 128, 2, 6),
+        (Product.GATE_UP, 16): Blocks(64, 128, 2, 3),
+        (Product.DOWN, 16): Blocks(128, 128, 2, 3),
+        (Product.GATE_UP, 32): Blocks(64, 128, 4, 5),
+        (Product.DOWN, 32): Blocks(128, 128, 4, 5),
+        (Product.GATE_UP, 64): Blocks(64, 128, 4, 4),
+        (Product.DOWN, 64): Blocks(128, 128, 4, 4),
+        (Product.GATE_UP, 128): Blocks(64, 128, 8, 2, tail_rows=64),
+        (Product.DOWN, 128): Blocks(128, 128, 8, 2, tail_rows=64),
+    },
+    (2, 8): {
+        (Product.GATE_UP, 1): Blocks(16, 128, 2, 6),
+        (Product.DOWN, 1): Blocks(32, 128, 2, 6),
+        (Product.GATE_UP, 16): Blocks(64, 128, 4, 4),
+        (Product.DOWN, 16): Blocks(128, 128, 4, 4),
+        (Product.GATE_UP, 32): Blocks(64, 128, 4, 4),
+        (Product.DOWN, 32): Blocks(128, 128, 4, 4),
+        (Product.GATE_UP, 64): Blocks(64, 128, 4, 3),
+        (Product.DOWN, 64): Blocks(128, 128, 4, 3),
+        (Product.GATE_UP, 128): Blocks(64, 128, 8, 2, tail_rows=64),
+        (Product.DOWN, 128): Blocks(128, 128, 8, 2, tail_rows=64),
+    },
+    (1, 8): {
+        (Product.GATE_UP, 1): Blocks(64, 128, 4, 4),
+        (Product.DOWN, 1): Blocks(64, 128, 4, 4),
+        (Product.GATE_UP, 16): Blocks(128, 128, 4, 3),
+        (Product.DOWN, 16): Blocks(128, 128, 4, 4),
+        (Product.GATE_UP, 32): Blocks(128, 128, 8, 3),
+        (Product.DOWN, 32): Blocks(128, 128, 4, 4),
+        (Product.GATE_UP, 64): Blocks(128, 128, 8, 3),
+        (Product.DOWN, 64): Blocks(128, 128, 8, 4),
+        (Product.GATE_UP, 128): Blocks(64, 128, 8, 4, tail_rows=64),
+        (Product.DOWN, 128): Blocks(128, 128, 8, 4, tail_rows=64),
+    },
+    (1, 4): {
+        (Product.GATE_UP, 1): Blocks(32, 128, 4, 5),
+        (Product.DOWN, 1): Blocks(64, 128, 4, 5),
+        (Product.GATE_UP, 16): Blocks(64, 128, 4, 5),
+        (Product.DOWN, 16): Blocks(64, 128, 4, 5),
+        (Product.GATE_UP, 32): Blocks(64, 128, 4, 5),
+        (Product.DOWN, 32): Blocks(64, 128, 4, 5),
+        (Product.GATE_UP, 64): Blocks(64, 128, 8, 4),
+        (Product.DOWN, 64): Blocks(128, 128, 8, 4),
+        (Product.GATE_UP, 128): Blocks(32, 128, 4, 4, tail_rows=64),
+        (Product.DOWN, 128): Blocks(64, 128, 4, 4, tail_rows=64),
+    },
+}
+"""Of quantized weights: bytes of an operand and bits of a code, up to so many -> blocks.
+
+Where turning codes into operands takes more time than anything else, and rows are few, two warps
+multiply with the narrow products that need no waiting."""
+
 SLIM_COLUMNS = {Product.GATE_UP: 64, Product.DOWN: 64}
 """Columns of a block at most where experts are slim and rows are few."""
 
 
 def shipped_blocks(key: Key, device: Device) -> Blocks:
     """The table's own entry for a GPU, before it is made to fit."""
+    if key.packing is not None:
+        kind = (key.packing.operand_bytes, max(4, key.packing.bits))
+        return _PACKED_PRODUCTS[kind][key.product, key.tile_rows]
     tables = [_WIDE_PRODUCTS if device.has_wide_products else _NARROW_PRODUCTS]
     if device.is_blackwell:
         tables = [_BLACKWELL, *tables]
@@ -181,8 +264,15 @@ def suited(blocks: Blocks, key: Key) -> Blocks:
     """The same blocks for the product's columns, next to each other or, transposed, not.
 
     Descriptors want steps that divide the columns: narrower ones, and as many bytes on their way.
-    Unsorted slots read weights by rows, and transposed ones by columns.
+    Unsorted slots read weights by rows, and transposed ones by columns. Quantized ones have steps
+    of their own, and what a program rounds together is its block.
     """
+    if key.packing is not None:
+        columns = key.packing.columns or blocks.columns
+        more_warps = blocks.num_warps * max(1, columns // blocks.columns)
+        num_warps = blocks.num_warps if key.tile_rows < LARGE_TILE else more_warps
+        cut = replace(blocks, columns=columns, depth=key.packing.depth, num_warps=num_warps)
+        return replace(cut, uses_descriptors=False, is_persistent=False)
     can_divide = blocks.uses_descriptors and key.depth % MIN_DEPTH == 0
     while can_divide and key.depth % blocks.depth:
         blocks = replace(blocks, depth=blocks.depth // 2, num_stages=blocks.num_stages * 2)
@@ -193,26 +283,36 @@ def suited(blocks: Blocks, key: Key) -> Blocks:
     return blocks
 
 
+MAX_BLACKWELL_WARPS = 8
+"""With more, 8-bit products are narrow ones there."""
+
+
 def fitted(blocks: Blocks, key: Key, device: Device) -> Blocks:
-    """The same blocks, smaller until their shared memory is there: stages go first, then depth."""
+    """The same blocks, smaller until their memory is there: stages go first, then depth."""
     blocks = replace(
         blocks,
         num_stages=min(blocks.num_stages, MAX_STAGES),
         uses_descriptors=blocks.uses_descriptors and device.has_descriptors,
     )
-    while shared_bytes(blocks, key) > device.shared_bytes:
+    if device.is_blackwell and key.packing is not None:
+        blocks = replace(blocks, num_warps=min(blocks.num_warps, MAX_BLACKWELL_WARPS))
+    while device.is_blackwell and _tensor_columns(blocks, key) > TENSOR_COLUMNS:
+        blocks = replace(blocks, columns=blocks.columns // 2)
+    while shared_bytes(blocks, key, device) > device.shared_bytes:
         if blocks.num_stages > 2:
             blocks = replace(blocks, num_stages=blocks.num_stages - 1)
-        elif blocks.depth > MIN_DEPTH:
+        elif blocks.depth > MIN_DEPTH and key.packing is None:
             blocks = replace(blocks, depth=blocks.depth // 2)
-        elif blocks.columns > MIN_COLUMNS:
+        elif blocks.columns > MIN_COLUMNS and not (key.packing and key.packing.columns):
             blocks = replace(blocks, columns=blocks.columns // 2)
+        elif blocks.num_stages > 1 and key.packing is not None:
+            blocks = replace(blocks, num_stages=1)
         else:
             break
     return blocks
 
 
-def shared_bytes(blocks: Blocks, key: Key) -> int:
+def shared_bytes(blocks: Blocks, key: Key, device: Device) -> int:
     """Shared memory that a program takes: tiles in flight, and the result on its way out.
 
     A persistent program has both at once; another's result may be in fp32. An estimate from above,
@@ -220,6 +320,8 @@ def shared_bytes(blocks: Blocks, key: Key) -> int:
     """
     size = key.dtype.itemsize
     width = blocks.columns * (2 if key.is_doubled else 1)
+    if key.packing is not None:
+        return BARRIER_BYTES + _packed_bytes(blocks, key, key.packing, device)
     rows = key.tile_rows
     step = (rows + width) * blocks.depth * size
     result = rows * blocks.columns * size
@@ -230,6 +332,48 @@ def shared_bytes(blocks: Blocks, key: Key) -> int:
         return BARRIER_BYTES + in_flight + result
     return BARRIER_BYTES + max(in_flight, result * 4 // size)
 
+
+def _tensor_columns(blocks: Blocks, key: Key) -> int:
+    """Columns that a program takes of the memory that Blackwell's products have of their own.
+
+    Triton keeps the sums of each run of 16-bit operands apart there, and operands of two runs. 0
+    where columns are given.
+    """
+    packing = key.packing
+    if packing is None or packing.operand_bytes == 1 or packing.columns:
+        return 0
+    num_runs = 8 * packing.operand_bytes // packing.bits
+    width = blocks.columns * (2 if key.is_doubled else 1)
+    num_rows = max(key.tile_rows, PACKED_DIRECT_ROWS)
+    return (num_runs * num_rows + OPERAND_COLUMNS) * width // TENSOR_ROWS
+
+
+def _packed_bytes(blocks: Blocks, key: Key, packing: Packing, device: Device) -> int:
+    """The same for quantized weights: their codes and scales, and rows as operands.
+
+    What is read from shared memory into registers is there for the steps behind the one that is
+    computed: codes that become operands, and all that products of warps read.
+    """
+    width = blocks.columns * (2 if key.is_doubled else 1)
+    num_rows = max(key.tile_rows, PACKED_DIRECT_ROWS)
+    weights = width * (blocks.depth * packing.bits // 8 + 4 * packing.scale_words)
+    rows = num_rows * (blocks.depth * packing.operand_bytes + 4)
+    read = whole = max(1, blocks.num_stages - 1)
+    if device.has_wide_products:
+        whole = blocks.num_stages
+    is_decoded = packing.bits < 8 * packing.operand_bytes
+    in_flight = (read if is_decoded else whole) * weights + whole * rows
+    if is_decoded and device.is_blackwell:
+        in_flight += weights  # a run of 8-bit operands
+    result = num_rows * (width if is_decoded else blocks.columns) * 4
+    return max(in_flight, result)
+
+
+TENSOR_COLUMNS, TENSOR_ROWS = 512, 128
+"""Of a processor's memory for products (source: PTX ISA, tensor memory)."""
+
+OPERAND_COLUMNS = 32
+"""Of operands beside sums of all rows."""
 
 BARRIER_BYTES = 1024
 """For the barriers of copies in flight, and alignment."""

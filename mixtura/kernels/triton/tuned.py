@@ -30,10 +30,11 @@ from mixtura.kernels.triton.table import (
     MIN_DEPTH,
     Blocks,
     Key,
+    Packing,
     Product,
 )
 
-FORMAT, VERSION = "mixtura.tuned", 1
+FORMAT, VERSION = "mixtura.tuned", 2
 
 MAX_WARPS = 16
 MAX_SIDE = 4096
@@ -43,7 +44,11 @@ MIN_TAIL = 16
 """Rows of the smallest tile."""
 
 KERNELS_DIRECTORY = Path(__file__).parent
-KERNELS = ("gate_up.py", "down.py", "direct.py", "steps.py")
+KERNELS = (
+    *("gate_up.py", "down.py", "direct.py", "steps.py"),
+    *("packed/gate_up.py", "packed/down.py", "packed/products.py", "packed/decode.py"),
+    *("packed/rounding.py", "packed/layout.py"),
+)
 """What blocks are measured with."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,7 +124,7 @@ def read_tuned(path: Path, device: Device) -> TunedFile:
         entries = {}
         for one in data["entries"]:
             key = key_from(one["key"])
-            entries[key] = blocks_from(one["blocks"], key.tile_rows)
+            entries[key] = blocks_from(one["blocks"], key)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return TunedFile(path, problem=f"is broken ({type(error).__name__}: {error})")
     return TunedFile(path, entries)
@@ -215,24 +220,41 @@ def key_from(data: dict[str, Any]) -> Key:
         **sizes,
         gate_up=GateUp(data["gate_up"]),
         is_transposed=data["is_transposed"],
+        packing=None if data["packing"] is None else _packing_from(data["packing"]),
     )
 
 
-def blocks_from(data: dict[str, Any], tile_rows: int) -> Blocks:
-    """Blocks for tiles of so many rows, from what `asdict` makes of them.
+def _packing_from(data: dict[str, Any]) -> Packing:
+    packing = Packing(**data)
+    if not isinstance(packing.name, str) or not packing.name:
+        raise ValueError("a packing's name")
+    _power(packing.depth, MAX_SIDE, MIN_DEPTH)
+    _power(packing.bits, 8)
+    _power(packing.operand_bytes, 2)
+    _count(packing.scale_words, packing.depth, 0)
+    if _count(packing.columns, MAX_SIDE, 0):
+        _power(packing.columns, MAX_SIDE, MIN_COLUMNS)
+    return packing
+
+
+def blocks_from(data: dict[str, Any], key: Key) -> Blocks:
+    """Blocks for a product, from what `asdict` makes of them.
 
     Raises:
         KeyError, TypeError, ValueError: it is none, or none that a kernel could be compiled for.
     """
-    blocks = Blocks(**data)
+    blocks, tile_rows = Blocks(**data), key.tile_rows
     _count(blocks.num_stages, MAX_STAGES)
-    _power(blocks.columns, MAX_SIDE, 1 if tile_rows == DIRECT_TILE else MIN_COLUMNS)
+    has_vectors = tile_rows == DIRECT_TILE and key.packing is None
+    _power(blocks.columns, MAX_SIDE, 1 if has_vectors else MIN_COLUMNS)
     _power(blocks.depth, MAX_SIDE, MIN_DEPTH)
     _power(blocks.num_warps, MAX_WARPS)
     if _count(blocks.tail_rows, tile_rows - 1, 0):
         _power(blocks.tail_rows, tile_rows - 1, MIN_TAIL)
     if not isinstance(blocks.uses_descriptors, bool) or not isinstance(blocks.is_persistent, bool):
         raise ValueError("uses_descriptors and is_persistent")
+    if key.packing is not None and (blocks.uses_descriptors or blocks.is_persistent):
+        raise ValueError("quantized weights have neither descriptors nor persistent programs")
     return blocks
 
 
