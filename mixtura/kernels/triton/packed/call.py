@@ -161,7 +161,7 @@ class PackedCall(Call):
             self.topk_weights if self.weighs_input and not self.weighs_codes else None,
             hidden,
             self.ids if order is None else None,
-            *(order_arguments(order)),
+            *order_arguments(order),
         )
         constants = {
             "DIVISOR": self.num_slots // x.data.shape[0],
