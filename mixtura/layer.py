@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from mixtura.types import (
     RoutingObserver,
     StepContext,
     TokenInputs,
+    TokenSource,
 )
 
 
@@ -98,6 +100,7 @@ class FusedMoE(nn.Module):
             spread,
         )
         self.observers: tuple[RoutingObserver, ...] = ()
+        self.sources: tuple[TokenSource, ...] = ()
         self.gate = Gate(
             GatePlan(self.plan.router, config.gate, config.deterministic, config.debug),
             config.hidden_size,
@@ -168,8 +171,10 @@ class FusedMoE(nn.Module):
                 f"{self.moe_config.hidden_size} columns; got {hidden_states.shape[1]}. Check the "
                 f"model's hidden size."
             )
+        num_tokens = hidden_states.shape[0]
         tokens = tokens if tokens is not None else TokenInputs()
-        tokens.check(hidden_states.shape[0])
+        tokens = reduce(lambda found, source: source(found, num_tokens), self.sources, tokens)
+        tokens.check(num_tokens)
         self.check_capture(hidden_states)
         return self.plan.runner.run(self, hidden_states, tokens)
 

@@ -35,11 +35,13 @@ class TokenInputs:
         input_ids: (T,) integer token ids, needed by hash routing.
         replayed_ids: (T, K) int32 expert ids that replace the router's choice.
         padding_mask: (T,) bool, True for a real token; a padding token's slots are all -1.
+        adapter_ids: (T,) int32 numbers of LoRA adapters; -1 is none.
     """
 
     input_ids: Tensor | None = None
     replayed_ids: Tensor | None = None
     padding_mask: Tensor | None = None
+    adapter_ids: Tensor | None = None
 
     def slice(self, start: int, stop: int) -> TokenInputs:
         """The same inputs for tokens start .. stop - 1."""
@@ -47,7 +49,7 @@ class TokenInputs:
 
     def check(self, num_tokens: int) -> None:
         """Raise `InputError` unless every part speaks of `num_tokens` tokens."""
-        dims = {"input_ids": 1, "replayed_ids": 2, "padding_mask": 1}
+        dims = {"input_ids": 1, "replayed_ids": 2, "padding_mask": 1, "adapter_ids": 1}
         for (name, ndim), part in zip(dims.items(), self._parts(), strict=True):
             if part is not None and (part.ndim != ndim or part.shape[0] != num_tokens):
                 wanted = "(tokens,)" if ndim == 1 else "(tokens, top_k)"
@@ -57,7 +59,12 @@ class TokenInputs:
                 )
 
     def _parts(self) -> tuple[Tensor | None, ...]:
-        return (self.input_ids, self.replayed_ids, self.padding_mask)
+        return (self.input_ids, self.replayed_ids, self.padding_mask, self.adapter_ids)
+
+
+TokenSource = Callable[[TokenInputs, int], TokenInputs]
+"""Called with what tokens bring along to a layer so far, and how many there are; returns it with
+more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +182,7 @@ class ExpertBatch:
             `order.ids is local_ids`.
         expected_share: of the slots, that have an expert here where choices are even: other ranks
             have the others'. How fast kernels are may depend on it, and nothing else.
+        adapter_ids: (M,) int32, the row's LoRA adapter by number; -1, or None for all: no adapter.
     """
 
     hidden_states: Tensor
@@ -182,6 +190,50 @@ class ExpertBatch:
     topk_weights: Tensor
     order: ExpertOrder | None = None
     expected_share: float = 1.0
+    adapter_ids: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """What an adapter adds to one linear map of each expert: `y += B[e] @ (A[e] @ x)`.
+
+    Attributes:
+        a: (L, r, in). b: (L, out, r), with the adapter's scaling in it. An expert without a part in
+            the adapter has zeros.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __post_init__(self) -> None:
+        a, b = tuple(self.a.shape), tuple(self.b.shape)
+        if len(a) != 3 or len(b) != 3 or (a[0], a[1]) != (b[0], b[2]) or a[1] < 1:
+            raise ConfigError(
+                f"the factors of an adapter must be A (experts, rank, in) and B (experts, out, "
+                f"rank); got {a} and {b}. Correct the adapter."
+            )
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraWeights:
+    """What one LoRA adapter adds to the routed experts of one layer, or of one rank of it.
+
+    Gate and up are those of an expert whatever holds them in the base weights: B of the gate is
+    (L, I, r) where the base has them stacked, interleaved or apart. Where the adapter was trained
+    on both as one map they share A: `gate.a is up.a`.
+
+    Attributes:
+        gate: None where the adapter has none, or the experts are ungated. up, down: or None.
+    """
+
+    gate: LowRank | None = None
+    up: LowRank | None = None
+    down: LowRank | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,13 @@ from mixtura.experts.storage import Storage, read_weights, tensor_of
 from mixtura.kernels import ExpertsKernel, KernelDecision, select_kernel
 from mixtura.kernels.keys import Keys
 from mixtura.quant.scheme import QuantScheme
-from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights, RoutingObserver
+from mixtura.types import (
+    ExpertBatch,
+    ExpertsProblem,
+    ExpertWeights,
+    RoutingObserver,
+    TokenSource,
+)
 
 _PACKING = threading.RLock()
 """Held while weights change form, so that threads that share experts pack them once."""
@@ -103,6 +109,7 @@ class PackedExperts(nn.Module):
     state: PackedState
     key: Tensor
     observers: tuple[RoutingObserver, ...]
+    sources: tuple[TokenSource, ...]
     row_dtype: torch.dtype | None = None
 
     def adopt(
@@ -119,6 +126,7 @@ class PackedExperts(nn.Module):
         self.given = given
         self.state = PackedState()
         self._take_key()
+        self.sources = ()
         self.observers = ()
 
     def _take_key(self) -> None:

@@ -305,7 +305,8 @@ class BlockPlan:
             adopt_class(shared, FamilySharedExperts)
             shared.shared_config = config.shared
             shared.is_row_invariant = config.deterministic
-        observers = block.observers if isinstance(block, FusedMoE) else ()
+        is_ours = isinstance(block, FusedMoE)
+        observers, sources = (block.observers, block.sources) if is_ours else ((), ())
         if spec.experts is None:
             self.experts.adopt(FamilyMoEWithExperts)
         else:
@@ -313,7 +314,7 @@ class BlockPlan:
             adopt_class(block, FamilyMoE)
         block.spec = spec
         block.plan = self.layer
-        block.observers = observers
+        block.observers, block.sources = observers, sources
 
 
 def plan_block(

@@ -201,7 +201,8 @@ class ExpertsPlan:
     def adopt(self, ours: type[PackedExperts]) -> None:
         """Make the module one of ours. It cannot fail; observers stay."""
         module: Any = self.module
-        observers = module.observers if isinstance(module, PackedExperts) else ()
+        is_ours = isinstance(module, PackedExperts)
+        observers, sources = (module.observers, module.sources) if is_ours else ((), ())
         if self.given is not None:
             for stored in self.storage.values():
                 owner, _, leaf = stored.path.rpartition(".")
@@ -210,7 +211,7 @@ class ExpertsPlan:
         storage = self.storage if self.given is None else {}
         module.adopt(self.config, self.options, storage, self.given)
         module.row_dtype = self.row_dtype
-        module.observers = observers
+        module.observers, module.sources = observers, sources
         module.spread = self.spread
         if self.dispatcher is not None:
             module.dispatcher = self.dispatcher
