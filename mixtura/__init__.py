@@ -31,7 +31,13 @@ from mixtura.errors import MixturaError
 from mixtura.plugin import offer
 
 if TYPE_CHECKING:
-    from mixtura.hf import convert, from_pretrained, packed_config
+    from mixtura.hf import (
+        capture_routing,
+        convert,
+        from_pretrained,
+        packed_config,
+        replay_routing,
+    )
     from mixtura.layer import FusedMoE, is_moe_layer
     from mixtura.routing import create_router
     from mixtura.types import Routing, TokenInputs
@@ -56,22 +62,26 @@ __all__ = [
     "SharedExpertsOrder",
     "TokenInputs",
     "TokensHeld",
+    "capture_routing",
     "convert",
     "create_router",
     "from_pretrained",
     "is_moe_layer",
     "packed_config",
+    "replay_routing",
 ]
 
 _LATE = {
     "FusedMoE": "mixtura.layer",
     "Routing": "mixtura.types",
     "TokenInputs": "mixtura.types",
+    "capture_routing": "mixtura.hf",
     "convert": "mixtura.hf",
     "create_router": "mixtura.routing",
     "from_pretrained": "mixtura.hf",
     "is_moe_layer": "mixtura.layer",
     "packed_config": "mixtura.hf",
+    "replay_routing": "mixtura.hf",
 }
 """Names whose modules need torch, imported when first asked for."""
 

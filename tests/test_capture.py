@@ -38,7 +38,7 @@ from mixtura.hf.ep_implementation import MixturaEP
 from mixtura.hf.experts import FamilyExperts
 from mixtura.hf.gate import SortedGate
 from mixtura.hf.parallel import BALANCER
-from mixtura.observe import capture_routing
+from mixtura.observe import capture_layers
 from mixtura.parallel import (
     ExpertParallel,
     ModelPlacement,
@@ -194,8 +194,10 @@ def test_a_recording_of_choices_is_refused(captures):
     layer = build_layer(moe_config(), kernel="gathering")
     with (
         torch.no_grad(),
-        capture_routing({"mlp": layer}),
-        pytest.raises(CaptureUnsupported, match="capture_routing must not wait"),
+        capture_layers({"mlp": layer}),
+        pytest.raises(
+            CaptureUnsupported, match=r"must be recorded and replayed without torch\.compile and"
+        ),
     ):
         layer(rows_of(3))
 

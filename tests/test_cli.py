@@ -35,6 +35,7 @@ from mixtura.hf import load
 from mixtura.hf.convert import UnconvertedLayerWarning
 from mixtura.hf.generate import GenerateOptions, TextMeter, generate_text
 from mixtura.kernels.optional import OptionalPackage
+from mixtura.observe import RoutingTrace
 
 ROOT = Path(__file__).parent.parent
 extension = importlib.import_module("mixtura.kernels.cpu.extension")
@@ -207,6 +208,26 @@ def test_standard_input_is_the_prompt_without_its_line_break(tiny: Path) -> None
     piped = run("generate", "-", *options, stdin="Once\nupon\n")
     assert given.exit_code == piped.exit_code == 0
     assert given.stdout == piped.stdout
+
+
+def test_routing_is_kept_and_forced(tiny: Path, tmp_path: Path) -> None:
+    options = ("generate", "Once", "--model", str(tiny), "--max-new-tokens", "6")
+    first, second = tmp_path / "first", tmp_path / "second"
+    result = run(*options, "--save-routing", str(first))
+    assert result.exit_code == 0, result.stderr
+    again = run(*options, "--replay-routing", str(first), "--save-routing", str(second))
+    assert again.stdout == result.stdout
+    traces = [RoutingTrace.load(path) for path in (first, second)]
+    for trace in traces:
+        assert trace.tokens is not None
+        assert trace.tokens.position.tolist() == list(range(4 + 6 - 1))
+    for one, other in zip(*(trace.layers.values() for trace in traces), strict=True):
+        assert one.ids.equal(other.ids)
+    longer = run("generate", "Once upon", *options[2:], "--replay-routing", str(first))
+    assert "at position 9 of sequence 0 must have been recorded" in error_of(longer)
+    assert "must exist" in error_of(run(*options, "--replay-routing", str(tmp_path / "none")))
+    wrong = str(tmp_path / "none" / "file")
+    assert "must be a file in a directory" in error_of(run(*options, "--save-routing", wrong))
 
 
 def test_a_seed_draws_the_same_text_again(tiny: Path) -> None:

@@ -35,7 +35,7 @@ from mixtura.hf import is_converted, moe_layers
 from mixtura.hf.blocks import FamilyMoE
 from mixtura.hf.convert import UnconvertedLayerWarning
 from mixtura.hf.gate import FamilyGate
-from mixtura.observe.capture import capture_routing
+from mixtura.observe.capture import capture_layers
 from mixtura.quant.formats import WeightFormat
 
 FAMILIES = (
@@ -368,10 +368,10 @@ def test_observers_of_the_one_line_form_see_every_layer():
     output("qwen3_moe", model)
     experts = {name: m for name, m in model.named_modules() if isinstance(m, PackedExperts)}
     assert experts.keys() == set(stock("qwen3_moe").experts_modules)
-    with capture_routing(experts) as capture:
+    with capture_layers(experts) as capture:
         output("qwen3_moe", model)
     whole = converted("qwen3_moe")
-    with capture_routing(blocks(whole)) as expected:
+    with capture_layers(blocks(whole)) as expected:
         output("qwen3_moe", whole)
     for ours, theirs in zip(
         capture.trace().layers.values(), expected.trace().layers.values(), strict=True
@@ -400,7 +400,7 @@ def test_is_moe_layer():
 
 def test_capture_of_a_converted_model():
     model = converted("longcat_flash")
-    with capture_routing(blocks(model)) as capture:
+    with capture_layers(blocks(model)) as capture:
         output("longcat_flash", model)
     layers = capture.trace().layers
     assert layers.keys() == set(stock("longcat_flash").block_modules)
@@ -852,7 +852,7 @@ def test_a_model_with_accelerates_hooks_is_really_taken_over():
     for name in [*case.block_modules, *case.experts_modules]:
         hooks.add_hook_to_module(model.get_submodule(name), Passing())
     convert(model)
-    with capture_routing(blocks(model)) as capture:
+    with capture_layers(blocks(model)) as capture:
         found = output(family, model)
     assert all(len(layer.ids) for layer in capture.trace().layers.values())
     assert len(passed) == len(case.block_modules) + len(case.experts_modules)

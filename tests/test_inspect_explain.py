@@ -48,9 +48,10 @@ from mixtura.errors import (
     NoKernelFits,
     UnsupportedModel,
 )
+from mixtura.hf.capture import observed_layers
 from mixtura.hf.explain import ModelExplanation, explain, numbered
 from mixtura.hf.headers import local_headers
-from mixtura.hf.trace import encode_text, observed_layers, trace_text
+from mixtura.hf.trace import encode_text, trace_text
 from mixtura.kernels import register_kernel, unregister_kernel
 from mixtura.kernels.torch import TorchKernel
 from mixtura.observe import ExpertUsage, RoutingTrace

@@ -24,20 +24,20 @@ from torch import Tensor, nn
 from mixtura import ExpertsConfig, FusedMoE, MoEConfig, RoutingConfig, convert, create_router
 from mixtura.config import Simulation, SimulationConfig
 from mixtura.errors import InputError, MissingDependency, TraceError
+from mixtura.hf.capture import observed_layers
 from mixtura.hf.convert import UnconvertedLayerWarning
-from mixtura.hf.trace import observed_layers
 from mixtura.observe import (
     ExpertUsage,
     LayerTrace,
     LayerUsage,
     PageText,
     RoutingTrace,
-    capture_routing,
+    capture_layers,
     render_page,
     save_picture,
 )
-from mixtura.observe.capture import ids_dtype
 from mixtura.observe.colour import MEAN_AT, ON_DARK, ColourScale, colour_at
+from mixtura.observe.trace import ids_dtype
 from mixtura.observe.usage import short_names
 from mixtura.types import TokenInputs
 
@@ -89,7 +89,7 @@ def test_a_trace_adds_up(family: str) -> None:
         warnings.simplefilter("ignore", UnconvertedLayerWarning)  # of JetMoE's attention
         model = convert(case.model)
     layers = observed_layers(model)
-    with torch.no_grad(), capture_routing(layers) as capture:
+    with torch.no_grad(), capture_layers(layers) as capture:
         case.output(model)
         case.output(model)
     trace = capture.trace()
@@ -107,7 +107,7 @@ def test_ids_are_those_of_the_router_no_compute_experts_included() -> None:
     case = tiny_model("longcat_flash")
     model = convert(case.model)
     layers = observed_layers(model)
-    with torch.no_grad(), capture_routing(layers) as capture:
+    with torch.no_grad(), capture_layers(layers) as capture:
         case.output(model)
     for layer in capture.trace().layers.values():
         assert (layer.num_experts, layer.num_no_compute, layer.top_k) == (8, 4, 3)
@@ -118,7 +118,7 @@ def test_ids_are_those_of_the_router_no_compute_experts_included() -> None:
 def test_a_trace_is_what_the_layer_chose() -> None:
     layer = layer_of()
     rows = torch.randn(5, 8)
-    with capture_routing({"mlp": layer}) as capture:
+    with capture_layers({"mlp": layer}) as capture:
         routed = layer.run(rows)
     traced = capture.trace().layers["mlp"]
     assert torch.equal(traced.topk_ids, routed.routing.topk_ids)
@@ -128,13 +128,13 @@ def test_a_trace_is_what_the_layer_chose() -> None:
 
 def test_fused_shared_experts_are_no_choice() -> None:
     layer = layer_of(num_fused_shared_experts=2)
-    with capture_routing({"mlp": layer}) as capture:
+    with capture_layers({"mlp": layer}) as capture:
         layer(torch.randn(5, 8))
     assert capture.trace().layers["mlp"].ids.shape == (5, 2)
 
 
 def test_a_layer_that_saw_no_token_has_an_empty_trace() -> None:
-    with capture_routing({"mlp": layer_of()}) as capture:
+    with capture_layers({"mlp": layer_of()}) as capture:
         pass
     assert capture.trace().layers["mlp"].ids.shape == (0, 2)
     assert capture.trace().num_slots == 0
@@ -148,9 +148,9 @@ def test_captures_nest_and_leave_other_observers_alone() -> None:
         seen.append(len(ids))
 
     layer.observers = (mine,)
-    with capture_routing({"a": layer}) as outer:
+    with capture_layers({"a": layer}) as outer:
         layer(torch.randn(1, 8))
-        with capture_routing({"b": layer}) as inner:
+        with capture_layers({"b": layer}) as inner:
             layer(torch.randn(2, 8))
         layer(torch.randn(4, 8))
     layer(torch.randn(8, 8))
@@ -164,7 +164,7 @@ def test_observers_go_when_the_block_raises() -> None:
     first, second = layer_of(), layer_of()
     with (
         pytest.raises(ZeroDivisionError),
-        capture_routing({"a": first, "b": second}) as capture,
+        capture_layers({"a": first, "b": second}) as capture,
     ):
         first(torch.randn(3, 8))
         raise ZeroDivisionError
@@ -177,20 +177,31 @@ def test_a_module_that_is_no_layer_is_refused_before_any_is_touched() -> None:
     message = r"a layer to capture \(Linear\) must be an MoE layer or its experts; got neither"
     with (
         pytest.raises(InputError, match=message),
-        capture_routing({"a": layer, "b": nn.Linear(2, 2)}),
+        capture_layers({"a": layer, "b": nn.Linear(2, 2)}),
     ):
         pass
     assert layer.observers == ()
 
 
-def test_ids_that_no_router_chooses_are_refused_where_they_are_seen() -> None:
+def test_ids_that_no_router_chooses_are_refused() -> None:
     layer = layer_of()
-    with (
-        pytest.raises(InputError, match=r"chosen ids must be in \[0, 6\); got -1 to 0"),
-        capture_routing({"a": layer}),
-    ):
+    with capture_layers({"a": layer}) as capture:
         layer.observers[0](torch.tensor([[-1, 0]]), torch.ones(1, 2))
+    with pytest.raises(InputError, match=r"chosen ids must be in \[0, 6\); got -1 to 0"):
+        capture.trace()
     assert layer.observers == ()
+
+
+def test_ids_that_have_waited_long_are_kept_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixtura.observe.capture.FOLD_TOKENS", 4)
+    layer, rows = layer_of(), torch.randn(11, 8)
+    with capture_layers({"a": layer}) as capture:
+        for part in rows.split([1, 2, 3, 5]):
+            layer(part)
+            num_tokens = capture.trace().layers["a"].num_tokens
+    assert num_tokens == 11
+    expected = layer.run(rows).routing.topk_ids
+    assert torch.equal(capture.trace().layers["a"].topk_ids, expected)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +248,7 @@ def test_a_saved_trace_comes_back(tmp_path: Path, num_experts: int, num_no_compu
 def test_a_trace_that_is_played_back_gives_the_ids_again(tmp_path: Path, num_experts: int) -> None:
     layer = layer_of(num_experts=num_experts)
     rows = torch.randn(9, 8)
-    with capture_routing({"mlp": layer}) as capture:
+    with capture_layers({"mlp": layer}) as capture:
         expected = layer(rows)
     capture.trace().save(tmp_path / "trace")
     loaded = RoutingTrace.load(tmp_path / "trace").layers["mlp"]
@@ -249,7 +260,7 @@ def test_a_trace_that_is_played_back_gives_the_ids_again(tmp_path: Path, num_exp
     assert torch.equal(router.route(torch.randn(9, num_experts)).topk_ids, loaded.topk_ids)
 
     other = torch.randn(9, 8)
-    with capture_routing({"mlp": layer}) as again:
+    with capture_layers({"mlp": layer}) as again:
         layer(other, TokenInputs(replayed_ids=loaded.topk_ids))
         replayed = layer(rows, TokenInputs(replayed_ids=loaded.topk_ids))
     assert torch.equal(again.trace().layers["mlp"].topk_ids, loaded.topk_ids.repeat(2, 1))
@@ -274,14 +285,17 @@ def with_layers(metadata: dict[str, str], **changes: Any) -> None:
 BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], str]] = {
     "another format": (lambda t, m: m.update(format="x"), "must be a routing trace"),
     "no metadata": (lambda t, m: m.clear(), "must be a routing trace"),
-    "another version": (lambda t, m: m.update(version="2"), r"must be of version 1; got '2'"),
+    "another version": (lambda t, m: m.update(version="1"), r"must be of version 2; got '1'"),
     "wrong dtype": (
-        lambda t, m: t.update(mlp=t["mlp"].long()),
+        lambda t, m: t.update({"ids.mlp": t["ids.mlp"].long()}),
         r"of torch.uint8 for 4 choices; got \(2, 2\) of torch.int64",
     ),
-    "wrong dimensions": (lambda t, m: t.update(mlp=t["mlp"].flatten()), r"got \(4,\) of"),
+    "wrong dimensions": (
+        lambda t, m: t.update({"ids.mlp": t["ids.mlp"].flatten()}),
+        r"got \(4,\) of",
+    ),
     "id out of range": (
-        lambda t, m: t.update(mlp=torch.tensor([[0, 4]]).byte()),
+        lambda t, m: t.update({"ids.mlp": torch.tensor([[0, 4]]).byte()}),
         r"chosen ids must be in \[0, 4\); got 0 to 4",
     ),
     "another top_k": (lambda t, m: with_layers(m, top_k=3), "got 2 for top_k 3"),

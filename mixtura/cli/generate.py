@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixtura.cli.inspect import check_target
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
 from mixtura.cli.options import Debug, Device, Kernel, Linears, Model, Weights
 from mixtura.cli.ranks import (
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mixtura.hf.generate import GenerateOptions, Generation
+    from mixtura.observe import RoutingTrace
     from mixtura.parallel import ExpertParallel
 
 STDIN = "-"
@@ -81,6 +86,14 @@ def generate(
     eplb: Balance = False,
     redundant: Redundant = None,
     eplb_interval: Interval = None,
+    save_routing: Annotated[
+        Path | None,
+        typer.Option(help="Keep which experts each token went to, in a safetensors file."),
+    ] = None,
+    replay_routing: Annotated[
+        Path | None,
+        typer.Option(help="Send each token to the experts that such a file has for it."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Generate text, and say how fast it came.
@@ -103,8 +116,11 @@ def generate(
         redundant=redundant,
         interval=eplb_interval,
     ).config()
+    check_target(save_routing)
     with quiet(debug):
         from mixtura.hf.generate import GenerateOptions
+        from mixtura.observe import RoutingTrace
+    replayed = None if replay_routing is None else RoutingTrace.load(replay_routing)
     options = GenerateOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -133,10 +149,37 @@ def generate(
             ),
             text,
             options,
+            RoutingFiles(save_routing, replayed),
         )
 
 
-def run(load_options: LoadOptions, text: str, options: GenerateOptions) -> None:
+@dataclass(frozen=True, slots=True)
+class RoutingFiles:
+    """Where routing goes, and the routing that is forced on the tokens."""
+
+    saved: Path | None
+    replayed: RoutingTrace | None
+
+
+@contextmanager
+def with_routing(model: PreTrainedModel, routing: RoutingFiles) -> Iterator[None]:
+    """Record and replay routing in the block; of several ranks the first one writes the file."""
+    import mixtura
+
+    with ExitStack() as stack:
+        if routing.replayed is not None:
+            stack.enter_context(mixtura.replay_routing(model, routing.replayed))
+        if routing.saved is None or not is_speaker():
+            yield
+            return
+        with mixtura.capture_routing(model) as capture:
+            yield
+        capture.save(routing.saved)
+
+
+def run(
+    load_options: LoadOptions, text: str, options: GenerateOptions, routing: RoutingFiles
+) -> None:
     """Load the model, continue the text and print; of several ranks the first one prints."""
     with quiet(load_options.debug):
         from mixtura.hf.generate import TextMeter, generate_text, prepare_experts
@@ -149,7 +192,7 @@ def run(load_options: LoadOptions, text: str, options: GenerateOptions) -> None:
     meter = TextMeter(tokenizer, write if speaks else None, loaded.device)
     was_interrupted = False
     try:
-        with quiet(load_options.debug):
+        with quiet(load_options.debug), with_routing(loaded, routing):
             generate_text(loaded, tokenizer, text, options, meter=meter)
     except KeyboardInterrupt:
         was_interrupted = True

@@ -9,10 +9,12 @@ from mixtura.plugin import NAME, is_supported, missing_transformers, transformer
 if is_supported(transformers_version()):
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from mixtura.hf.capture import capture_routing
     from mixtura.hf.convert import convert, is_converted, moe_layers
     from mixtura.hf.experts import experts_forward
     from mixtura.hf.load import from_pretrained, load_config
     from mixtura.hf.packed_config import packed_config
+    from mixtura.hf.replay import replay_routing
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 else:
@@ -21,13 +23,15 @@ else:
         raise missing_transformers(transformers_version())
 
     convert = from_pretrained = is_converted = load_config = moe_layers = _unavailable
-    packed_config = _unavailable
+    capture_routing = packed_config = replay_routing = _unavailable
 
 __all__ = [
+    "capture_routing",
     "convert",
     "from_pretrained",
     "is_converted",
     "load_config",
     "moe_layers",
     "packed_config",
+    "replay_routing",
 ]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixtura.config import require_positive
-from mixtura.errors import InputError, UnsupportedModel
-from mixtura.hf.convert import moe_layers
-from mixtura.observe import RoutingTrace, capture_routing
+from mixtura.errors import InputError
+from mixtura.hf.capture import capture_routing
+from mixtura.observe import RoutingTrace
 
 WINDOW = 1024
 """Tokens that go through the model at once: enough context for routing to settle, little memory."""
@@ -69,21 +69,6 @@ def _pieces(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     return tuple(pieces)
 
 
-def observed_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The MoE layers of a converted model that show their routing, by name.
-
-    Raises:
-        UnsupportedModel: there is none.
-    """
-    names = [layer.name for layer in moe_layers(model) if layer.kind != "none"]
-    if not names:
-        raise UnsupportedModel(
-            f"the model ({type(model).__name__}) must have an MoE layer that is ours; got none. "
-            f"Pass it to mixtura.convert first."
-        )
-    return {name: model.get_submodule(name) for name in names}
-
-
 def trace_text(
     model: PreTrainedModel,
     token_ids: Sequence[int],
@@ -108,7 +93,7 @@ def trace_text(
     _check(model, ids)
     # The base model has no head, whose logits would be the largest tensor of all.
     base: Any = model.base_model
-    with torch.inference_mode(), capture_routing(observed_layers(model)) as capture:
+    with torch.inference_mode(), capture_routing(model) as capture:
         for part in torch.split(ids, window_size(model, window)):
             base(input_ids=part.unsqueeze(0).to(model.device), use_cache=False)
             if on_tokens is not None:

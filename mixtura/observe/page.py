@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.errors import InputError
-from mixtura.observe.capture import RoutingTrace
 from mixtura.observe.colour import ON_DARK, TIMES, ColourScale, colour_at
+from mixtura.observe.trace import RoutingTrace
 from mixtura.observe.usage import ExpertUsage, LayerUsage
 
 NUM_LEVELS = 24

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from mixtura.errors import InputError
-from mixtura.observe.capture import RoutingTrace
+from mixtura.observe.trace import RoutingTrace
 
 FIRST_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 """A module name's first part that is a number: the layer's."""
