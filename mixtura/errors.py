@@ -46,6 +46,10 @@ class CaptureUnsupported(MixturaError):
     """A CUDA graph is being captured of something that waits for the host."""
 
 
+class PlugInError(MixturaError):
+    """An installed plug-in was asked for, and cannot be used."""
+
+
 class MissingDependency(MixturaError, ImportError):
     """An optional package is not installed, or not in a supported version."""
 

@@ -56,7 +56,8 @@ class FusedMoE(nn.Module):
         weights: quantized weights of the experts; without them they are parameters.
         kernel: insist on an experts kernel by name.
         strict: an error where the device's preferred kernel cannot run.
-        custom_routing: a function that chooses and weighs, instead of the configured pipeline.
+        custom_routing: a function that chooses and weighs, or the name of a plug-in that is one,
+            instead of the configured pipeline.
         spread: the ranks that share the experts, and which has which; `weights`, or the parameters,
             are this rank's. None: this rank has them all.
         device, dtype: of new, uninitialised parameters; the device of the tables of `spread` too.
@@ -84,7 +85,7 @@ class FusedMoE(nn.Module):
         weights: ExpertWeights | None = None,
         kernel: str | None = None,
         strict: bool = False,
-        custom_routing: CustomRouting | None = None,
+        custom_routing: CustomRouting | str | None = None,
         spread: Spread | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

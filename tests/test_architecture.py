@@ -22,14 +22,14 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 FLOORS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"bench"},
+    {"bench", "conformance"},
     {"hf"},
     {"layer"},
     {"runner"},
     {"routing", "dispatch", "experts", "eplb", "observe"},
     {"kernels", "parallel"},
     {"quant"},
-    {"types", "plugin"},
+    {"types", "plugin", "entry_points"},
     {"config", "env", "cuda"},
     {"errors"},
 ]
@@ -37,8 +37,9 @@ FLOORS: list[set[str]] = [
 
 NARROWER: dict[str, set[str]] = {
     "plugin": {"errors"},
-    "quant": {"config", "errors", "env"},
-    "eplb": {"parallel", "types", "config", "errors", "env"},
+    "entry_points": {"config", "errors"},
+    "quant": {"entry_points", "config", "errors", "env"},
+    "eplb": {"parallel", "entry_points", "types", "config", "errors", "env"},
     "parallel": {"quant", "types", "config", "errors", "env", "cuda"},
     "__main__": {"cli"},
 }

@@ -622,6 +622,7 @@ def test_doctor_prints_json() -> None:
     found = json.loads(run("doctor", "--json").stdout)
     assert list(found) == [
         "mixtura", "python", "cpu", "cpp_kernels", "memory", "gpus", "packages", "demo", "kernels",
+        "plug_ins",
     ]  # fmt: skip
     assert list(found["cpu"]) == ["name", "num_cores", "num_threads", "features"]
     assert [f["name"] for f in found["cpu"]["features"]] == [

@@ -51,6 +51,7 @@ VERBS: dict[str, Verb] = {
     "bench": Verb("mixtura.cli.bench", "Measure speed beside the limits of this machine."),
     "tune": Verb("mixtura.cli.tune", "Look for faster blocks for a model's experts on this GPU."),
     "doctor": Verb("mixtura.cli.doctor", "Say what this machine offers, and what is missing."),
+    "conformance": Verb("mixtura.cli.conformance", "Try whether a plug-in keeps its contract."),
 }
 
 

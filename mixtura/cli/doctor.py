@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixtura.cli.options import DEMO, Debug
+from mixtura.entry_points import Group, PlugIn
 from mixtura.errors import MixturaError, NoKernelFits
 from mixtura.plugin import is_supported, transformers_version, window
 
@@ -134,6 +135,7 @@ class Diagnosis:
     packages: tuple[Package, ...]
     demo: Demo
     kernels: tuple[KernelChoice, ...]
+    plug_ins: tuple[PlugIn, ...]
 
 
 def doctor(
@@ -164,6 +166,7 @@ def diagnose() -> Diagnosis:
         packages=find_packages(),
         demo=find_demo(),
         kernels=find_kernels(),
+        plug_ins=find_plug_ins(),
     )
 
 
@@ -379,6 +382,19 @@ def find_kernels() -> tuple[KernelChoice, ...]:
     )
 
 
+def find_plug_ins() -> tuple[PlugIn, ...]:
+    """What other packages plug in; families are left out where Transformers is not here."""
+    from mixtura.conformance import plug_ins_of
+
+    found: list[PlugIn] = []
+    for group in Group:
+        try:
+            found += plug_ins_of(group).reports()
+        except ImportError:
+            continue
+    return tuple(found)
+
+
 def table_of(found: Diagnosis) -> Table:
     """The diagnosis as a table: what, what is here, what its lack costs."""
     from rich import box
@@ -428,6 +444,10 @@ def rows_of(found: Diagnosis) -> list[tuple[str, str, str]]:
         here = f"{choice.kernel or 'none'} ({', '.join(choice.dtypes)})"
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
         rows.append((f"{choice.device} kernel", here, reasons))
+    for plug_in in found.plug_ins:
+        here = f"{plug_in.name} of {plug_in.group.value}, {plug_in.origin}"
+        cost = "" if plug_in.problem is None else f"cannot be used: {plug_in.problem}"
+        rows.append(("plug-in", here, cost))
     return rows
 
 

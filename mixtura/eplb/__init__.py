@@ -26,6 +26,7 @@ from mixtura.eplb.policies import (
     equal_quota,
     plan_quota,
     policy_for,
+    policy_names,
 )
 from mixtura.eplb.rebalancing import rebalance
 from mixtura.eplb.simulation import (
@@ -74,6 +75,7 @@ __all__ = [
     "moved_slots",
     "plan_quota",
     "policy_for",
+    "policy_names",
     "predicted_gain",
     "rank_loads",
     "rebalance",

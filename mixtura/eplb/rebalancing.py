@@ -26,7 +26,7 @@ def rebalance(
         num_physical_experts: P, slots of a layer over all ranks; the first ranks get the remainder.
         num_ranks: R. num_nodes: on which they lie in order.
         num_expert_groups: G groups of consecutive experts, for hierarchical plans.
-        policy: one of `mixtura.eplb.POLICIES`.
+        policy: one of `policy_names`.
         old: the placement in force, where there is one.
         max_moves_per_layer: slots of a layer whose expert may change; for incremental policies.
 

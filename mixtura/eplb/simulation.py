@@ -26,7 +26,7 @@ from mixtura.config.choice import require_finite, require_positive
 from mixtura.eplb.decision import QUOTA
 from mixtura.eplb.loads import Loads
 from mixtura.eplb.metrics import mean_and_max, moved_bytes, moved_slots
-from mixtura.eplb.policies import POLICIES, Budget, ModelQuota, plan_quota, policy_for
+from mixtura.eplb.policies import POLICIES, Budget, ModelQuota, plan_quota, policy_for, policy_names
 from mixtura.errors import ConfigError, InputError
 from mixtura.parallel import ModelPlacement, Placement, Topology
 
@@ -83,7 +83,8 @@ class SimulationConfig:
         num_ranks: R. num_nodes: on which they lie in order.
         num_redundant: slots of a layer beyond one for each expert.
         num_expert_groups: G, for hierarchical plans.
-        policies: to replay: names of `mixtura.eplb.POLICIES`, and `quota`, which moves nothing.
+        policies: to replay: names of `policy_names`, and `quota`, which moves nothing; by default
+            all that are built in.
         costs: of steps and moves.
         eplb: its interval, min_gain and max_moved_fraction; not its policy.
 
@@ -103,10 +104,11 @@ class SimulationConfig:
         Topology.even(self.num_ranks, self.num_ranks, self.num_nodes)
         require_positive("num_redundant", self.num_redundant, minimum=0)
         require_positive("num_expert_groups", self.num_expert_groups)
-        unknown = [name for name in self.policies if name not in EVERY_POLICY]
+        known = dict.fromkeys((*EVERY_POLICY, *policy_names()))
+        unknown = [name for name in self.policies if name not in known]
         if unknown or not self.policies:
             raise ConfigError(
-                f"policies ({', '.join(unknown) or 'none'}) must be of {', '.join(EVERY_POLICY)}; "
+                f"policies ({', '.join(unknown) or 'none'}) must be of {', '.join(known)}; "
                 f"got another name. Use some of these."
             )
 

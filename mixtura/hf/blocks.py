@@ -38,11 +38,13 @@ from mixtura.hf.experts import (
     check_in_memory,
     plan_experts,
 )
+from mixtura.hf.family_plug_ins import family_of
 from mixtura.hf.read import read_activation, read_experts, read_shared_experts
 from mixtura.layer import FusedMoE, LayerPlan
 from mixtura.parallel.placement import Placement
 from mixtura.parallel.ranks import ExpertParallel, Spread
-from mixtura.routing import router_for
+from mixtura.routing import CustomRouting, router_for
+from mixtura.routing.custom import without_choice
 from mixtura.routing.families import TOP_K, read
 from mixtura.routing.gate import GatePlan
 from mixtura.runner import LayerOutput, create_runner
@@ -78,6 +80,8 @@ class BlockSpec:
         output_bias: a bias of the block, added to its output.
         jitter: path of the relative noise on the input in training; None or 0 there is none.
         read_experts: what the experts compute, and from which tensors.
+        routing: the rule, of the model's configuration and the layer; None: that of its
+            `model_type` (`routing/families.py`).
     """
 
     gate: str = "gate"
@@ -90,6 +94,7 @@ class BlockSpec:
     output_bias: str | None = None
     jitter: str | None = None
     read_experts: ReadExperts = read_experts
+    routing: Callable[[Any, int], RoutingConfig] | None = None
 
 
 def _read_dbrx(experts: nn.Module) -> tuple[ExpertsConfig, dict[str, StoredTensor]]:
@@ -194,21 +199,29 @@ BLOCKS: dict[str, BlockSpec] = {
 
 
 def block_spec(module: nn.Module) -> BlockSpec | None:
-    """The table's entry for a module, looked up through its bases (FSDP makes subclasses)."""
+    """The table's entry for a module, looked up through its bases (FSDP makes subclasses).
+
+    A class that is not Transformers' may be one of a plug-in's (`family_plug_ins`).
+    """
     for cls in type(module).__mro__:
         if cls.__name__ in BLOCKS and cls.__module__.startswith("transformers."):
             return BLOCKS[cls.__name__]
+        family = family_of(cls)
+        if family is not None:
+            return family.spec
     return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockOptions:
-    """How converted blocks run; see `convert`. `ranks` are to share the experts."""
+    """How converted blocks run; see `convert`. `ranks` are to share the experts, `router` chooses
+    and weighs in place of the families' rules."""
 
     experts: ExpertsOptions
     runner: RunnerConfig
     gate: GatePrecision
     ranks: ExpertParallel | None = None
+    router: CustomRouting | None = None
 
 
 class FamilyMoE(FusedMoE):
@@ -332,7 +345,10 @@ def plan_block(
             "a block that is taken over whole must hold all its experts; got Transformers' expert "
             "parallelism. Only the experts of such a block are ours."
         )
-    routing = RoutingConfig.from_hf(hf_config, layer_index=layer_index)
+    rule = spec.routing or _rule_of_type
+    routing = rule(hf_config, layer_index)
+    if options.router is not None:
+        routing = without_choice(routing)
     experts_options = replace(options.experts, weight_on=routing.weight_on)
     experts = plan_experts(experts_module, experts_options, spec.read_experts)
     experts_config = whole_config(experts)
@@ -362,12 +378,16 @@ def plan_block(
         experts=experts,
         layer=LayerPlan(
             config,
-            router_for(routing),
+            router_for(routing, custom=options.router),
             create_runner(config.runner),
             dispatcher_for(config, experts.spread),
             experts.spread,
         ),
     )
+
+
+def _rule_of_type(hf_config: Any, layer_index: int) -> RoutingConfig:
+    return RoutingConfig.from_hf(hf_config, layer_index=layer_index)
 
 
 def plan_alone(module: nn.Module, hf_config: Any, options: BlockOptions) -> ExpertsPlan:

@@ -40,6 +40,8 @@ from mixtura.kernels import get_kernel
 from mixtura.layer import FusedMoE
 from mixtura.parallel import agree
 from mixtura.plugin import NAME
+from mixtura.routing import CustomRouting
+from mixtura.routing.custom import find_custom
 
 NOT_TAKEN_OVER: dict[str, str] = {
     "JetMoeMoA": "its experts are attention projections, not feed-forward networks",
@@ -81,6 +83,7 @@ def convert(
     deterministic: bool = False,
     activation_dtype: ActivationDtype | str | None = None,
     debug: bool = False,
+    router: CustomRouting | str | None = None,
     **running: Unpack[Running],
 ) -> PreTrainedModel:
     """Take over the MoE layers of a model, in place and without moving a weight.
@@ -99,6 +102,9 @@ def convert(
             linear layers; None leaves it to the checkpoint's activation scales, and else to the
             kernel.
         debug: check logits and ids on every call.
+        router: a function of (router_logits, top_k), or the name of a plug-in that is one, chooses
+            and weighs in place of every family's rule; the rule's scale, and what its weights
+            multiply, stay. Every MoE layer must then be one that is taken over whole.
         running: see `Running`. With `parallel` every rank keeps its part of the experts and lets
             go of the rest, which it had in memory until then: `from_pretrained` reads only the
             part. A model that was loaded so needs no `parallel` here.
@@ -130,12 +136,16 @@ def convert(
         runner=run.runner(ranks),
         gate=GatePrecision.parse(gate),
         ranks=ranks,
+        router=None if router is None else find_custom(router),
     )
 
     def read() -> tuple[Mapping[str, Any], Plans]:
         blocks, experts, reasons = plan_layers(model, options)
         kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
-        left = check_left(model, survey(model, kinds, reasons), strict=strict)
+        layers = survey(model, kinds, reasons)
+        left = check_left(model, layers, strict=strict)
+        if options.router is not None:
+            check_routed(layers)
         found = {name: block.experts for name, block in blocks.items()} | experts
         decisions = {name: plan.decide() for name, plan in found.items()}
         values = layer_values(model, options, found, decisions) if ranks is not None else {}
@@ -254,6 +264,16 @@ def config_owners(model: nn.Module) -> dict[str, Any]:
         config = module.config if isinstance(module, PreTrainedModel) else None
         owners[name] = config if config is not None else owners.get(_parent(name))
     return owners
+
+
+def check_routed(layers: list[TakenOver]) -> None:
+    """Raise `UnsupportedModel` where a router of the caller's cannot choose for every layer."""
+    others = [layer for layer in layers if layer.kind != "block"]
+    if others:
+        raise UnsupportedModel(
+            f"every MoE layer must be taken over whole for router=; got {others[0].name}: "
+            f"{others[0].reason}. Drop router, or take another model."
+        )
 
 
 def check_left(model: nn.Module, layers: list[TakenOver], *, strict: bool) -> str | None:

@@ -75,10 +75,10 @@ def from_pretrained(
         linears: the same for attention projections and the output head. Where the head is tied to
             the embedding, the embedding stays dense and the head gets a copy in this format.
         kernel, strict, gate, deterministic, debug: as for `convert`.
-        arguments: `activation_dtype`, `max_rows_per_pass`, `overlap_min_tokens` and `parallel` are
-            as for `convert`; with `parallel` a rank reads its own experts' bytes and no others'.
-            All other arguments go to Transformers' own `from_pretrained`. `dtype` is "auto" unless
-            given.
+        arguments: `activation_dtype`, `router`, `max_rows_per_pass`, `overlap_min_tokens` and
+            `parallel` are as for `convert`; with `parallel` a rank reads its own experts' bytes and
+            no others'. All other arguments go to Transformers' own `from_pretrained`. `dtype` is
+            "auto" unless given.
 
     Returns:
         The model, in eval mode.
@@ -113,6 +113,7 @@ CONVERTS_WITH = (
     "max_rows_per_pass",
     "overlap_min_tokens",
     "parallel",
+    "router",
 )
 """Arguments of `from_pretrained` that are `convert`'s."""
 

@@ -189,6 +189,7 @@ def layer_values(
         "gate": options.gate.value,
         "deterministic": options.experts.deterministic,
         "activation_dtype": options.experts.activation_dtype,
+        "router": getattr(options.router, "__qualname__", repr(options.router)),
         "max_rows_per_pass": options.runner.max_rows_per_pass,
     }
     for path, plan in plans.items():

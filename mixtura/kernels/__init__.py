@@ -1,6 +1,6 @@
 """Expert kernels and their choice."""
 
-from mixtura.kernels.contract import ExpertsKernel
+from mixtura.kernels.contract import ExpertsKernel, StoredWeightsKernel
 from mixtura.kernels.registry import (
     KernelDecision,
     Rejection,
@@ -15,6 +15,7 @@ __all__ = [
     "ExpertsKernel",
     "KernelDecision",
     "Rejection",
+    "StoredWeightsKernel",
     "get_kernel",
     "kernel_names",
     "register_kernel",

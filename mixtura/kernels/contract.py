@@ -34,6 +34,8 @@ class ExpertsKernel(ABC):
         rounds_between: gate, up and experts' outputs are rounded to the rows' dtype on their way.
         is_capturable: `run` never waits for the host on a GPU, so that a CUDA graph can hold it;
             elsewhere it is of no account.
+        comes_first: a plug-in's kernel stands before the built-in ones where both can run; else it
+            runs where it is asked for by name, or where none of them can.
         activation_dtypes: the arithmetic with quantized weights that may be asked for.
         rounding_codes: codes that it rounds rows to with the stored scales of `ExpertWeights`.
     """
@@ -45,6 +47,7 @@ class ExpertsKernel(ABC):
     is_row_invariant: ClassVar[bool] = False
     rounds_between: ClassVar[bool] = False
     is_capturable: ClassVar[bool] = False
+    comes_first: ClassVar[bool] = False
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = ()
     rounding_codes: ClassVar[tuple[Code, ...]] = ()
 

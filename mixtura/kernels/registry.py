@@ -1,6 +1,7 @@
 """Which kernels exist, and which one runs a problem.
 
-The decision, with every loser's reason, is a value.
+The decision, with every loser's reason, is a value. A plug-in that cannot be used, or whose answers
+are errors, is a kernel that was not taken.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mixtura.config import RoutingConfig
+from mixtura.entry_points import Group, PlugIns, one_line, wrong_offer
 from mixtura.errors import ConfigError, NoKernelFits
 from mixtura.kernels.contract import ExpertsKernel
 from mixtura.kernels.keys import constant_in_graphs
@@ -73,6 +75,9 @@ _LOADERS: dict[str, Callable[[], ExpertsKernel]] = {
 }
 """Kernels by name, imported when first asked for, in order of preference."""
 
+_BUILT_IN = frozenset(_LOADERS)
+"""Kernels of mixtura's own: what they raise is a fault of ours, and not caught."""
+
 _LOADED: dict[str, ExpertsKernel] = {}
 """Kernels that have been asked for; one object each, as experts compare them by identity."""
 
@@ -122,9 +127,33 @@ class KernelDecision:
     is_fallback: bool
 
 
+def _accept(name: str, offered: object) -> ExpertsKernel:
+    """A kernel from what a package offers: a class, or one object."""
+    kernel = offered() if isinstance(offered, type) else offered
+    if not isinstance(kernel, ExpertsKernel):
+        raise wrong_offer(name, "be an ExpertsKernel", repr(offered))
+    if getattr(kernel, "name", None) != name:
+        raise wrong_offer(name, f"have the name {name!r}", repr(getattr(kernel, "name", None)))
+    return kernel
+
+
+PLUG_INS: PlugIns[ExpertsKernel] = PlugIns(Group.KERNELS, _accept, lambda: _LOADERS)
+"""Kernels of other packages."""
+
+
+@constant_in_graphs
+def _order() -> tuple[tuple[str, ...], tuple[Rejection, ...]]:
+    """The kernels in order of preference, and the plug-ins that cannot be used."""
+    plugged = PLUG_INS.usable()
+    first = [name for name, kernel in plugged.items() if kernel.comes_first]
+    behind = [name for name in plugged if name not in first]
+    broken = [Rejection(p.name, p.problem) for p in PLUG_INS.reports() if p.problem is not None]
+    return (*first, *_LOADERS, *behind), tuple(broken)
+
+
 def kernel_names() -> tuple[str, ...]:
-    """Names of all kernels, in order of preference."""
-    return tuple(_LOADERS)
+    """Names of all kernels that can be used, in order of preference."""
+    return _order()[0]
 
 
 def register_kernel(name: str, load: Callable[[], ExpertsKernel]) -> None:
@@ -150,19 +179,53 @@ def unregister_kernel(name: str) -> None:
 
 
 def _load(name: str) -> ExpertsKernel:
+    if name not in _LOADERS:
+        return PLUG_INS.load(name)
     if name not in _LOADED:
         _LOADED[name] = _LOADERS[name]()
     return _LOADED[name]
 
 
 def get_kernel(name: str) -> ExpertsKernel:
-    """The kernel of that name; the error lists the names."""
-    if name not in _LOADERS:
+    """The kernel of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists the names.
+        PlugInError: it is a plug-in that cannot be used.
+    """
+    if name not in _LOADERS and name not in PLUG_INS.names():
         raise ConfigError(
-            f"kernel ({name!r}) must be one of {', '.join(_LOADERS)}; got an unknown name. Use one "
-            f"of these."
+            f"kernel ({name!r}) must be one of {', '.join(kernel_names())}; got an unknown name. "
+            f"Use one of these."
         )
     return _load(name)
+
+
+def _why_not(
+    name: str,
+    candidate: ExpertsKernel,
+    problem: ExpertsProblem,
+    asked: str | None,
+    taken: ExpertsKernel | None,
+) -> tuple[str | None, bool]:
+    """Why a kernel is not taken, or None, and whether it might have been unasked.
+
+    What a plug-in raises is a reason.
+    """
+    try:
+        is_automatic = candidate.is_automatic(problem.device)
+        reason = candidate.unsupported(problem)
+        if reason is None and asked not in (None, name):
+            reason = f"kernel={asked!r} was asked for"
+        if reason is None and asked is None and not is_automatic:
+            reason = f"runs on {problem.device} only when asked for: kernel={name!r}"
+        if reason is None and taken is not None:
+            reason = f"{taken.name} is preferred"
+        return candidate.cannot_load() if reason is None else reason, is_automatic
+    except Exception as error:
+        if name in _BUILT_IN:
+            raise
+        return f"raised {one_line(error)}", candidate.comes_first
 
 
 def select_kernel(
@@ -178,6 +241,7 @@ def select_kernel(
 
     Raises:
         ConfigError: the name is unknown.
+        PlugInError: it is that of a plug-in that cannot be used.
         NoKernelFits: none can run it, or not the one insisted on; the message gives every reason.
     """
     if kernel is not None:
@@ -185,24 +249,17 @@ def select_kernel(
     taken: ExpertsKernel | None = None
     rejections: list[Rejection] = []
     is_fallback = False
-    for name in _LOADERS:
+    names, broken = _order()
+    for name in names:
         candidate = _load(name)
-        reason = candidate.unsupported(problem)
-        if reason is None and kernel not in (None, name):
-            reason = f"kernel={kernel!r} was asked for"
-        is_automatic = candidate.is_automatic(problem.device)
-        if reason is None and kernel is None and not is_automatic:
-            reason = f"runs on {problem.device} only when asked for: kernel={name!r}"
-        if reason is None and taken is not None:
-            reason = f"{taken.name} is preferred"
-        if reason is None:
-            reason = candidate.cannot_load()
+        reason, is_automatic = _why_not(name, candidate, problem, kernel, taken)
         if reason is None:
             taken = candidate
         else:
             is_passed_over = taken is None and kernel is None and is_automatic
             is_fallback = is_fallback or is_passed_over
             rejections.append(Rejection(name, reason))
+    rejections += broken
     shortfall = None if taken is None or not strict else taken.shortfall(problem)
     if taken is not None and shortfall is not None:
         rejections.append(Rejection(taken.name, shortfall))

@@ -3,9 +3,9 @@
 `create_router(config).route(router_logits)` is the whole of it.
 """
 
+from mixtura.routing.custom import CustomRouting
 from mixtura.routing.families import NOT_COVERED
 from mixtura.routing.routers import (
-    CustomRouting,
     CustomRoutingRouter,
     FusedSharedExpertsRouter,
     FusedTopKBiasRouter,

@@ -5,7 +5,6 @@ Each is a configuration of the pipeline or a small step beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,6 +22,7 @@ from mixtura.errors import ConfigError, InputError
 from mixtura.kernels.cpu.routing import CpuRouting
 from mixtura.kernels.registry import gpu_routing
 from mixtura.routing import pipeline
+from mixtura.routing.custom import CustomRouting, find_custom, without_choice
 from mixtura.types import Bypass, Routing, TokenInputs
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 GPU_DEVICES = ("cuda",)
 """Types of device that a router's kernel in Triton is asked for on."""
-
-CustomRouting = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""`custom(router_logits (T,E), top_k) -> (topk_weights (T,K), topk_ids (T,K))`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,16 +295,7 @@ class CustomRoutingRouter(Router):
     def __init__(
         self, config: RoutingConfig, custom: CustomRouting, tensors: RouterTensors | None = None
     ) -> None:
-        plain = RoutingConfig(
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            scale=config.scale,
-            scale_on=config.scale_on,
-            weight_on=config.weight_on,
-            no_compute=config.no_compute,
-            native=config.native,
-        )
-        if replace(config, score=ScoreFunction.SOFTMAX) != plain:
+        if replace(config, score=ScoreFunction.SOFTMAX) != without_choice(config):
             raise ConfigError(
                 "a custom routing function must come without scores, bias, groups, "
                 "renormalization or fused shared experts in RoutingConfig; got some. Do these in "
@@ -409,7 +397,7 @@ def create_router(
     hash_table: Tensor | None = None,
     constants: Tensor | None = None,
     replayed_ids: Tensor | None = None,
-    custom: CustomRouting | None = None,
+    custom: CustomRouting | str | None = None,
 ) -> Router:
     """Build the router that a configuration asks for, with what it has learned.
 
@@ -420,7 +408,7 @@ def create_router(
         hash_table: (vocabulary, K) expert ids, for hash routing.
         constants: (count, H), for constant experts.
         replayed_ids: (R, K) ids, for the simulator's replay; token t gets row t mod R.
-        custom: `custom(router_logits, top_k) -> (topk_weights, topk_ids)`.
+        custom: `custom(router_logits, top_k) -> (topk_weights, topk_ids)`, or a plug-in's name.
 
     Raises:
         ConfigError: a tensor is missing, not asked for or misshapen, or the router cannot honour a
@@ -438,7 +426,9 @@ def create_router(
 
 
 def router_for(
-    config: RoutingConfig, tensors: RouterTensors | None = None, custom: CustomRouting | None = None
+    config: RoutingConfig,
+    tensors: RouterTensors | None = None,
+    custom: CustomRouting | str | None = None,
 ) -> Router:
     """The router of a configuration, its tensors unchecked (a layer passes its own with a call)."""
     if config.simulation is not None:
@@ -449,7 +439,7 @@ def router_for(
             )
         return RoutingSimulatorRouter(config, tensors)
     if custom is not None:
-        return CustomRoutingRouter(config, custom, tensors)
+        return CustomRoutingRouter(config, find_custom(custom), tensors)
     if config.num_fused_shared_experts:
         if config.hash_routing:
             raise ConfigError(

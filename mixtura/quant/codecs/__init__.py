@@ -1,7 +1,7 @@
 """Checkpoint families: from the tensors of a file to matrices, and back."""
 
 from mixtura.quant.activations import ActivationExtra, ActivationGroup, ActivationScheme
-from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part
+from mixtura.quant.codecs.contract import Codec, Decoded, Header, MatrixFormat, Part, Sample
 from mixtura.quant.codecs.decoding import decode
 from mixtura.quant.codecs.registry import codec_class, codec_for, method_names
 
@@ -14,6 +14,7 @@ __all__ = [
     "Header",
     "MatrixFormat",
     "Part",
+    "Sample",
     "codec_class",
     "codec_for",
     "decode",

@@ -231,6 +231,19 @@ def _check_shape(found: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
         )
 
 
+class Sample(NamedTuple):
+    """A small matrix in a family's files, and what it means: `decode(parts) = weight`.
+
+    Attributes:
+        config: the `quantization_config`. parts: as stored. weight: (N, K), computed apart from the
+            codec.
+    """
+
+    config: Mapping[str, Any]
+    parts: Mapping[str, Tensor]
+    weight: Tensor
+
+
 class Codec(ABC):
     """A checkpoint family, configured.
 
@@ -255,6 +268,11 @@ class Codec(ABC):
             CheckpointError: a value is missing, or means a format that is not read; the message
                 names it.
         """
+
+    @classmethod
+    def sample(cls) -> Sample | None:
+        """What `mixtura conformance` reads a plug-in with; None: it cannot be examined."""
+        return None
 
     @abstractmethod
     def format_of(self, name: str, headers: Mapping[str, Header]) -> MatrixFormat | None:

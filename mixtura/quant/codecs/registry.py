@@ -1,14 +1,16 @@
 """Which checkpoint families are read, and which one a configuration means.
 
-A new family is a new file and a line in the table.
+A new family is a new file and a line in the table, or a plug-in under a value of `quant_method`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import isabstract
 from typing import Any, cast
 
+from mixtura.entry_points import Group, PlugIns, wrong_offer
 from mixtura.errors import CheckpointError
 from mixtura.quant.codecs.contract import Codec
 
@@ -50,9 +52,27 @@ _SIGNATURES: tuple[tuple[str, frozenset[str]], ...] = (
 """Settings that tell the family of a configuration without a method; the first that fits counts."""
 
 
+def _built_in() -> tuple[str, ...]:
+    return tuple(method for methods in _FAMILIES.values() for method in methods)
+
+
+def _accept(name: str, offered: object) -> type[Codec]:
+    """A family from what a package offers."""
+    if not (isinstance(offered, type) and issubclass(offered, Codec)) or isabstract(offered):
+        raise wrong_offer(name, "be a Codec with all its methods", repr(offered))
+    if name != name.lower() or name not in offered.methods:
+        rule = "read the quant_method that it is named after, in lower case"
+        raise wrong_offer(name, rule, ", ".join(offered.methods))
+    return offered
+
+
+PLUG_INS: PlugIns[type[Codec]] = PlugIns(Group.CODECS, _accept, _built_in)
+"""Families of other packages, by `quant_method`."""
+
+
 def method_names() -> tuple[str, ...]:
     """Every value of `quant_method` that is read."""
-    return tuple(method for methods in _FAMILIES.values() for method in methods)
+    return (*_built_in(), *PLUG_INS.names())
 
 
 def codec_class(method: str) -> type[Codec]:
@@ -60,12 +80,15 @@ def codec_class(method: str) -> type[Codec]:
 
     Raises:
         CheckpointError: there is none; the message lists the methods.
+        PlugInError: it is that of a plug-in that cannot be used.
     """
     for family, methods in _FAMILIES.items():
         if method in methods:
             module, _, name = family.partition(":")
             found = getattr(import_module(f"mixtura.quant.codecs.{module}"), name)
             return cast(type[Codec], found)
+    if method in PLUG_INS.names():
+        return PLUG_INS.load(method)
     raise CheckpointError(
         f"quant_method ({method!r}) must be one of {', '.join(method_names())}; got another. Use a "
         f"checkpoint of one of these, or an unquantized one and quantize it while it loads."
