@@ -15,6 +15,7 @@
 #include "experts.h"
 #include "features.h"
 #include "replicas.h"
+#include "row_linear.h"
 #include "routing_module.h"
 #include "team.h"
 
@@ -252,6 +253,23 @@ NB_MODULE(_cpu, m) {
     nb::gil_scoped_release release;
     run_linear(current_kernels(), layer,
                make_input(x, x_dtype, 0, 0, out, num_tokens, 1, false, true), num_threads);
+  });
+
+  m.def("run_row_linear", [](Address x, int x_dtype, Address weight, int weight_dtype, Address bias,
+                             Address out, int64_t num_tokens, int64_t num_rows,
+                             int64_t num_columns, int num_threads) {
+    Gate map{};
+    map.x = (const void*)x;
+    map.x_dtype = (Dtype)x_dtype;
+    map.weight = (const void*)weight;
+    map.weight_dtype = (Dtype)weight_dtype;
+    map.bias = at<float>(bias);
+    map.logits = (float*)out;
+    map.num_tokens = num_tokens;
+    map.num_rows = num_rows;
+    map.hidden_size = num_columns;
+    nb::gil_scoped_release release;
+    run_row_linear(current_kernels(), map, num_threads);
   });
 
   m.def("place", &place);

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "row_linear.h"
 #include "team.h"
 
 namespace mixtura {
@@ -15,12 +16,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-constexpr int64_t kAlone = 256 * 1024;       // bytes of the gate that one thread reads alone
 constexpr int64_t kAloneLogits = 16 * 1024;  // logits that one thread routes alone
-constexpr int64_t kPrepared = 512 * 1024;    // bytes of a task's rows, half a second-level cache
-constexpr int64_t kTaskRows = 32;            // of the gate, at least, where tasks share tokens
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ------------------------------------------------------------------------------------------ order
 
@@ -45,7 +41,6 @@ struct Work {
   std::vector<float> values;  // logits as transformed and three more rows of num_choices
   std::vector<int32_t> keys;  // num_choices, then one for each group
   std::vector<int32_t> kept, ranked;
-  std::vector<uint8_t> prepared;
 
   void reserve(const Rule& rule) {
     const size_t n = (size_t)rule.num_choices;
@@ -238,52 +233,16 @@ struct Job {
   const Kernels* kernels;
   const Rule* rule;
   const RoutingCall* call;
-  int64_t block_tokens, num_blocks;  // of tokens, for the gate
-  int64_t task_rows, num_parts;      // of the gate's rows
-  int64_t row_bytes;                 // of a prepared row; 0: x is read where it is
-  int64_t route_tokens;              // of a task
+  RowLinear gate;
+  int64_t route_tokens;  // of a task
 };
-
-void run_gate(const Job& job, Team& team, int member, Work& work) {
-  const Gate& gate = job.call->gate;
-  const int64_t size = gate.x_dtype == Dtype::F32 ? 4 : 2;
-  uint8_t* prepared = nullptr;
-  if (job.row_bytes) {
-    const size_t bytes = (size_t)(job.block_tokens * job.row_bytes + 64);
-    if (work.prepared.size() < bytes) work.prepared.resize(bytes);
-    prepared = work.prepared.data();
-    prepared += -(uintptr_t)prepared % 64;
-  }
-  int64_t have = -1;
-  const int64_t count = job.num_blocks * job.num_parts;
-  for (int64_t n; (n = team.take(0, member, count)) < count;) {
-    const int64_t block = n / job.num_parts, part = n % job.num_parts;
-    GateTask task;
-    task.first_token = block * job.block_tokens;
-    task.num_tokens = std::min(job.block_tokens, gate.num_tokens - task.first_token);
-    task.first_row = part * job.task_rows;
-    task.num_rows = std::min(job.task_rows, gate.num_rows - task.first_row);
-    if (prepared) {
-      if (block != have)
-        for (int64_t t = 0; t < task.num_tokens; ++t)
-          job.kernels->prepare_gate(gate, task.first_token + t, prepared + t * job.row_bytes);
-      have = block;
-      task.x = prepared;
-      task.x_stride = job.row_bytes;
-    } else {
-      task.x_stride = gate.hidden_size * size;
-      task.x = (const uint8_t*)gate.x + task.first_token * task.x_stride;
-    }
-    job.kernels->gate(gate, task);
-  }
-}
 
 void region(void* context, Team& team, int member) {
   const Job& job = *(const Job*)context;
   const RoutingCall& call = *job.call;
   Work& work = thread_work();
   if (call.gate.weight) {
-    run_gate(job, team, member, work);
+    run_tasks(job.gate, team, member, 0);
     team.barrier();
   }
   work.reserve(*job.rule);
@@ -311,24 +270,8 @@ bool run_routing(const Kernels& kernels, const Rule& rule, RoutingCall call, int
   job.call = &call;
   bool is_small = gate.num_tokens * gate.num_rows <= kAloneLogits;
   if (gate.weight) {
-    const int64_t size = gate.weight_dtype == Dtype::F32 ? 4 : 2;
-    const bool is_bf16 = gate.x_dtype == Dtype::BF16 && gate.weight_dtype == Dtype::BF16;
-    gate.in_bf16 = kernels.has_bf16 && is_bf16;
-    const int64_t lanes = gate.in_bf16 ? 32 : 16;
-    gate.padded = ceil_div(gate.hidden_size, lanes) * lanes;
-    const int64_t row_bytes = gate.padded * (gate.in_bf16 ? 2 : 4);
-    const bool has_type = gate.in_bf16 || gate.x_dtype == Dtype::F32;
-    job.row_bytes = has_type && gate.padded == gate.hidden_size ? 0 : row_bytes;
-    const int64_t fit = kPrepared / row_bytes / 4 * 4;
-    const int64_t most = std::max<int64_t>(4, std::min<int64_t>(kGateTaskTokens, fit));
-    job.block_tokens = ceil_div(gate.num_tokens, ceil_div(gate.num_tokens, most));
-    if (gate.num_tokens > most) job.block_tokens = ceil_div(job.block_tokens, 4) * 4;
-    job.num_blocks = ceil_div(gate.num_tokens, job.block_tokens);
-    const bool splits_rows = job.num_blocks < 4 * num_threads;
-    const int64_t share = ceil_div(gate.num_rows, 4 * num_threads);
-    job.task_rows = splits_rows ? std::max(kTaskRows, ceil_div(share, 4) * 4) : gate.num_rows;
-    job.num_parts = ceil_div(gate.num_rows, job.task_rows);
-    is_small = gate.num_rows * gate.hidden_size * size * ceil_div(gate.num_tokens, 4) <= kAlone;
+    job.gate = plan_row_linear(kernels, gate, num_threads);
+    is_small = job.gate.is_small;
   }
   const int64_t quarter = gate.num_tokens / (4 * num_threads);
   job.route_tokens = std::max<int64_t>(1, std::min<int64_t>(16, quarter));

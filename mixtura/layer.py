@@ -17,11 +17,11 @@ from mixtura.experts import (
     ExpertsOptions,
     PackedExperts,
     RoutedExperts,
+    RowLinear,
     SharedExperts,
     SharedTask,
     check_rows,
 )
-from mixtura.kernels.reference.linear import linear_by_row
 from mixtura.parallel import Spread
 from mixtura.routing import CustomRouting, Router, RouterTensors, router_for
 from mixtura.routing.gate import Choice, Gate, GatePlan
@@ -137,8 +137,9 @@ class FusedMoE(nn.Module):
                 )
         if config.has_latent:
             sizes = (config.hidden_size, config.experts.hidden_size)
-            self.latent_in = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
-            self.latent_out = nn.Linear(*sizes[::-1], bias=False, device=device, dtype=dtype)
+            linear_class = RowLinear if config.deterministic else nn.Linear
+            self.latent_in = linear_class(*sizes, bias=False, device=device, dtype=dtype)
+            self.latent_out = linear_class(*sizes[::-1], bias=False, device=device, dtype=dtype)
 
     def forward(
         self, hidden_states: Tensor, tokens: TokenInputs | None = None
@@ -267,13 +268,13 @@ class FusedMoE(nn.Module):
     def enter_experts(self, hidden_states: Tensor) -> Tensor:
         """Into the experts' width: (T,H) -> (T, experts.hidden_size)."""
         if self.moe_config.has_latent:
-            return self._project(self.latent_in, hidden_states)
+            hidden_states = self.latent_in(hidden_states)
         return hidden_states
 
     def leave_experts(self, routed: Tensor) -> Tensor:
         """Back to the layer's width, scaled where the scale belongs to the output."""
         if self.moe_config.has_latent:
-            routed = self._project(self.latent_out, routed)
+            routed = self.latent_out(routed)
         scale = self.moe_config.routing.output_scale
         return routed * scale if scale != 1.0 else routed
 
@@ -290,12 +291,6 @@ class FusedMoE(nn.Module):
     def dispatcher(self) -> Dispatcher:
         """Where tokens meet their experts."""
         return self.plan.dispatcher
-
-    def _project(self, linear: nn.Linear, rows: Tensor) -> Tensor:
-        if self.moe_config.deterministic:
-            return linear_by_row(rows, linear.weight)
-        out: Tensor = linear(rows)
-        return out
 
     @property
     def _linear_dtype(self) -> torch.dtype | None:

@@ -527,6 +527,8 @@ def test_converting_after_the_one_line_form(family):
     ids=["native", "chunks", "deterministic", "debug"],
 )
 def test_options_do_not_change_what_is_computed(family, options):
+    if family == "jetmoe" and "deterministic" in options:
+        pytest.skip("its mixture of attention is not ours, so that it is refused")
     found = output(family, converted(family, **options))
     assert relative_error(found, output(family, stock(family).model)) <= TOLERANCE
 

@@ -79,10 +79,9 @@ def test_ranks_with_tokens_of_their_own(family, dispatcher):
             assert torch.allclose(found, model(ids).logits, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", *EXPERTS_ONLY])
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_deterministic_ranks_are_bitwise_alike(family, dispatcher):
-    case = tiny_model(family)
+def test_deterministic_ranks_are_bitwise_alike(dispatcher):
+    case = tiny_model("qwen3_moe")
     with torch.no_grad():
         expected = case.output(alone(case, deterministic=True))
     parallel = ParallelConfig(ep_size=2, dispatcher=dispatcher)

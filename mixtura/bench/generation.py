@@ -231,7 +231,7 @@ def measure_generation(
     """
     require_positive("prompt_tokens", num_prompt_tokens)
     require_positive("new_tokens", num_new_tokens)
-    _check_length(model, num_prompt_tokens, num_new_tokens)
+    check_length(model, num_prompt_tokens, num_new_tokens)
     prompt = random_prompt(model.config.get_text_config().vocab_size, num_prompt_tokens)
     timed = time_runs(partial(generate_once, model), prompt, num_new_tokens, repetitions)
     prompt_parts, decode_parts = _time_parts(model, prompt, num_new_tokens)
@@ -244,7 +244,8 @@ def measure_generation(
     )
 
 
-def _check_length(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens: int) -> None:
+def check_length(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens: int) -> None:
+    """Raise `InputError` for fewer than two new tokens, or more than the model has positions."""
     if num_new_tokens < 2:
         raise InputError(
             f"new_tokens ({num_new_tokens}) must be at least 2, the first of which belongs to the "

@@ -122,6 +122,12 @@ def bench(
     new_tokens: Annotated[
         int | None, typer.Option(min=2, help=f"generate: default {DEFAULT_NEW}.")
     ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic", help="generate: with and without it in turns, and the slowdown."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch. Default: as torch decides.")
     ] = None,
@@ -146,7 +152,7 @@ def bench(
     }  # fmt: skip
     for_generate = {
         "--model": model, "--linears": linears, "--prompt-tokens": prompt_tokens,
-        "--new-tokens": new_tokens,
+        "--new-tokens": new_tokens, "--deterministic": deterministic,
     }  # fmt: skip
     for_cpu = {"--threads": threads, "--path": path}
     for_cuda = {
@@ -186,6 +192,7 @@ def bench(
                 {"weights": formats, "linears": linears},
                 prompt_tokens or DEFAULT_PROMPT,
                 new_tokens or DEFAULT_NEW,
+                deterministic=bool(deterministic),
                 as_json=as_json,
                 debug=debug,
             )
@@ -283,12 +290,14 @@ def bench_generate(
     num_prompt_tokens: int,
     num_new_tokens: int,
     *,
+    deterministic: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Load a model, time it, and say where the time goes."""
+    """Load a model, time it, and say where the time goes; or what determinism costs."""
     with quiet(debug):
         import mixtura
+        from mixtura.bench.determinism import measure_slowdown
         from mixtura.bench.generation import measure_generation
         from mixtura.bench.machine import probe_machine
         from mixtura.bench.report import generation_summary, machine_summary, parts_table
@@ -307,6 +316,15 @@ def bench_generate(
     console = make_console(as_json)
     machine = probe_machine(())  # of the limits, the bandwidth alone
     console.print(machine_summary(machine))
+    if deterministic:
+        with quiet(debug):
+            slowdown = measure_slowdown(
+                loaded, model, num_prompt_tokens=num_prompt_tokens, num_new_tokens=num_new_tokens
+            )
+        if as_json:
+            typer.echo(slowdown.to_json(machine))
+        console.print(slowdown.summary())
+        raise typer.Exit(bool(slowdown.wrong_layers))
     with quiet(debug):
         result = measure_generation(
             loaded, names, num_prompt_tokens=num_prompt_tokens, num_new_tokens=num_new_tokens

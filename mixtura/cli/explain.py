@@ -10,7 +10,7 @@ import typer
 
 from mixtura.cli.doctor import memory_sizes
 from mixtura.cli.loading import DtypeName, quiet
-from mixtura.cli.options import Debug, Kernel, Model, Weights, model_or_demo
+from mixtura.cli.options import Debug, Deterministic, Kernel, Model, Weights, model_or_demo
 from mixtura.cli.ranks import (
     CutRanks,
     DispatcherOption,
@@ -49,6 +49,7 @@ def explain(
         bool,
         typer.Option("--strict", help="Fail where a layer or kernel is not the preferred one."),
     ] = False,
+    deterministic: Deterministic = False,
     ep: ExpertRanks = None,
     tp: CutRanks = None,
     nodes: Annotated[
@@ -71,6 +72,10 @@ def explain(
 
         from mixtura.hf import explain as core
         from mixtura.hf.explain_ranks import explain_ranks
+        from mixtura.parallel.ranks import check_deterministic_ranks
+
+        if deterministic and spread is not None:
+            check_deterministic_ranks(spread)
 
         found = core.explain(
             name,
@@ -79,6 +84,7 @@ def explain(
             weights=weights,
             kernel=kernel,
             strict=strict,
+            deterministic=deterministic,
         )
         ranks = None if spread is None else explain_ranks(found, spread, num_nodes=nodes)
     memory = memory_of(found.device)

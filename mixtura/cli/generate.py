@@ -13,7 +13,7 @@ import typer
 
 from mixtura.cli.inspect import check_target
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
-from mixtura.cli.options import Debug, Device, Kernel, Linears, Model, Weights
+from mixtura.cli.options import Debug, Deterministic, Device, Kernel, Linears, Model, Weights
 from mixtura.cli.ranks import (
     Balance,
     CutRanks,
@@ -76,9 +76,7 @@ def generate(
     gate: Annotated[
         GatePrecision, typer.Option(help="Router in fp32, or in the model's own arithmetic.")
     ] = GatePrecision.FP32,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Same row, whatever else is in the batch.")
-    ] = False,
+    deterministic: Deterministic = False,
     ep: ExpertRanks = None,
     tp: CutRanks = None,
     dispatcher: DispatcherOption = None,

@@ -37,6 +37,9 @@ Linears = Annotated[
         metavar="FORMAT",
     ),
 ]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Same row, whatever else is in the batch.")
+]
 Debug = Annotated[
     bool,
     typer.Option(

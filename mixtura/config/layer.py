@@ -97,7 +97,8 @@ class MoEConfig:
             experts.
         has_gate_bias: the gate is a linear map with bias.
         has_latent: a projection into and out of the experts' width goes around the routed experts.
-        deterministic: bitwise the same row whatever else is in the batch.
+        deterministic: bitwise the same row whatever else is in the batch, with any number of
+            threads and ranks.
         debug: check logits and ids on every call.
         activation_dtype: the arithmetic with quantized experts; None leaves it to the kernel.
     """
@@ -137,6 +138,12 @@ class MoEConfig:
             raise ConfigError(
                 "shared must be None where shared experts are fused into the routed ones; got "
                 "both. Drop one."
+            )
+        if self.deterministic and self.routing.simulation is not None:
+            kind = self.routing.simulation.kind.value
+            raise ConfigError(
+                f"simulation ({kind}) must be None with deterministic=True, as it chooses by a "
+                f"row's place in the batch. Drop one."
             )
         if self.has_latent and self.routing.no_compute is not None:
             width = self.experts.hidden_size

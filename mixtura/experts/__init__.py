@@ -2,6 +2,8 @@
 
 from mixtura.experts.packed import ExpertsOptions, PackedExperts, check_rows
 from mixtura.experts.routed import RoutedExperts
+from mixtura.experts.row_activation import RowActivation
+from mixtura.experts.row_linear import RowLinear
 from mixtura.experts.shared import SharedExperts, SharedTask, shared_experts_order
 from mixtura.experts.storage import StoredTensor, default_storage
 
@@ -9,6 +11,8 @@ __all__ = [
     "ExpertsOptions",
     "PackedExperts",
     "RoutedExperts",
+    "RowActivation",
+    "RowLinear",
     "SharedExperts",
     "SharedTask",
     "StoredTensor",

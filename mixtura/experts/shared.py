@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mixtura.config import SharedExpertsConfig, SharedExpertsOrder
 from mixtura.cuda import is_capturing
-from mixtura.kernels.contract import sum_dtype
+from mixtura.experts.row_activation import by_row
+from mixtura.experts.row_linear import RowLinear
 from mixtura.kernels.reference.activation import activate
-from mixtura.kernels.reference.linear import linear_by_row
+from mixtura.kernels.row_linear import row_invariant_linear
 from mixtura.types import even_bounds
 
 
@@ -82,8 +83,8 @@ class SharedExperts(nn.Module):
     Args:
         config: width, activation, order.
         hidden_size: H.
-        is_row_invariant: compute each row by itself in fp32, so that it is bitwise the same in any
-            batch and with any number of threads; a loop over rows.
+        is_row_invariant: a row is bitwise the same in any batch and with any number of threads;
+            the maps are `RowLinear`.
         device, dtype: of new, uninitialised parameters.
     """
 
@@ -104,8 +105,10 @@ class SharedExperts(nn.Module):
         self.is_row_invariant = is_row_invariant
         width = config.intermediate_size
 
+        linear_class = RowLinear if is_row_invariant else nn.Linear
+
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+            return linear_class(inputs, outputs, bias=bias, device=device, dtype=dtype)
 
         self.gate_proj = linear(hidden_size, width, config.has_bias) if config.is_gated else None
         self.up_proj = linear(hidden_size, width, config.has_bias)
@@ -116,39 +119,25 @@ class SharedExperts(nn.Module):
 
         `gate_weight` (1,H) is the sigmoid gate's, which the layer owns.
         """
-        if self.is_row_invariant:
-            return self._run_by_row(hidden_states, gate_weight)
         up = self.up_proj(hidden_states)
-        if self.gate_proj is None:
-            hidden = activate(up, None, self.shared_config.activation)
-        else:
-            hidden = activate(self.gate_proj(hidden_states), up, self.shared_config.activation)
-        out: Tensor = self.down_proj(hidden)
-        if gate_weight is not None:
-            out = F.linear(hidden_states, gate_weight).sigmoid() * out
-        return out
+        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
+        out: Tensor = self.down_proj(self._activate(gate, up))
+        if gate_weight is None:
+            return out
+        if not self.is_row_invariant:
+            return F.linear(hidden_states, gate_weight).sigmoid() * out
+        shares = row_invariant_linear(hidden_states, gate_weight)
+        return by_row(torch.sigmoid, shares) * out
 
-    def _run_by_row(self, hidden_states: Tensor, gate_weight: Tensor | None) -> Tensor:
-        if hidden_states.shape[0] == 0:
-            return torch.zeros_like(hidden_states)
-        rows = torch.split(hidden_states.to(sum_dtype(hidden_states.dtype)), 1)
-        # An activation rounds differently in a vector loop and in its remainder, so it too goes by
-        # row.
-        return torch.cat([self._run_row(row, gate_weight) for row in rows]).to(hidden_states.dtype)
+    def _activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """(T,I) -> (T,I); `gate` is None in ungated experts."""
 
-    def _run_row(self, row: Tensor, gate_weight: Tensor | None) -> Tensor:
-        """(1,H) -> (1,H)."""
+        def run(*parts: Tensor) -> Tensor:
+            gate, up = parts if len(parts) == 2 else (parts[0], None)
+            return activate(gate, up, self.shared_config.activation)
 
-        def project(linear: nn.Linear, x: Tensor) -> Tensor:
-            return linear_by_row(x, linear.weight, linear.bias)
-
-        up = project(self.up_proj, row)
-        if self.gate_proj is None:
-            hidden = activate(up, None, self.shared_config.activation)
-        else:
-            hidden = activate(project(self.gate_proj, row), up, self.shared_config.activation)
-        out = project(self.down_proj, hidden)
-        return out if gate_weight is None else linear_by_row(row, gate_weight).sigmoid() * out
+        parts = (up,) if gate is None else (gate, up)
+        return by_row(run, *parts) if self.is_row_invariant else run(*parts)
 
     @property
     def can_be_cut(self) -> bool:
@@ -171,11 +160,8 @@ class SharedExperts(nn.Module):
             bias = None if linear.bias is None else linear.bias[cut]
             return F.linear(hidden_states, linear.weight[cut], bias)
 
-        up = cut_rows(self.up_proj)
-        if self.gate_proj is None:
-            hidden = activate(up, None, self.shared_config.activation)
-        else:
-            hidden = activate(cut_rows(self.gate_proj), up, self.shared_config.activation)
+        gate = None if self.gate_proj is None else cut_rows(self.gate_proj)
+        hidden = self._activate(gate, cut_rows(self.up_proj))
         bias = self.down_proj.bias if part == 0 else None
         out = F.linear(hidden, self.down_proj.weight[:, cut], bias)
         return out if gate_weight is None else F.linear(hidden_states, gate_weight).sigmoid() * out

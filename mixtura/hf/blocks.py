@@ -233,6 +233,11 @@ class FamilyMoE(FusedMoE):
         """What the family's block takes and gives; arguments that it ignores are ignored."""
         noise = get_attribute(self, self.spec.jitter) if self.spec.jitter is not None else None
         if self.training and noise:
+            if self.moe_config.deterministic:
+                raise InputError(
+                    f"{self.spec.jitter} ({noise}) must be 0 in training with deterministic=True; "
+                    f"got noise that no two runs share. Call eval(), or set it to 0."
+                )
             low, high = 1.0 - noise, 1.0 + noise
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(low, high)
         output = self.run(hidden_states.reshape(-1, hidden_states.shape[-1]))
@@ -397,13 +402,11 @@ def plan_alone(module: nn.Module, hf_config: Any, options: BlockOptions) -> Expe
         UnsupportedModel, ConfigError: as `plan_block`.
     """
     plan = plan_experts(module, options.experts)
-    deterministic = options.experts.deterministic
-    create = partial(Spread.of_experts, whole_config(plan), deterministic=deterministic)
-    plan = spread_out(plan, options.ranks, create)
+    plan = spread_out(plan, options.ranks, partial(Spread.of_experts, whole_config(plan)))
     if plan.spread is None:
         return plan
     top_k = read_top_k(hf_config)
-    dispatcher = create_dispatcher(plan.spread, top_k or 1, deterministic=deterministic)
+    dispatcher = create_dispatcher(plan.spread, top_k or 1)
     return replace(plan, dispatcher=dispatcher)
 
 

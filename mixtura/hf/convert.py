@@ -25,6 +25,7 @@ from mixtura.hf.blocks import (
     plan_alone,
     plan_block,
 )
+from mixtura.hf.determinism import check_deterministic, set_row_modules
 from mixtura.hf.experts import ExpertsPlan, FamilyExperts
 from mixtura.hf.linears import set_activation_dtype
 from mixtura.hf.parallel import (
@@ -97,7 +98,8 @@ def convert(
         strict: an error where a layer stays as it was, where a known block cannot be taken over
             whole, or where the preferred kernel cannot run.
         gate: of blocks taken over whole, "fp32", or "native" for each family's own arithmetic.
-        deterministic: bitwise the same row whatever else is in the batch.
+        deterministic: bitwise the same row whatever else is in the batch, from every MoE layer
+            on; see docs/determinism.md.
         activation_dtype: "int8", "fp8" or "bf16", the arithmetic with quantized experts and packed
             linear layers; None leaves it to the checkpoint's activation scales, and else to the
             kernel.
@@ -114,7 +116,8 @@ def convert(
 
     Raises:
         ConfigError: an argument is none of its choices, or config.json asks for the impossible.
-        UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours.
+        UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours; with
+            `deterministic`, one whose rows may depend on the batch.
         NoKernelFits: none can run the experts, or not the one insisted on.
         ParallelError: ranks differ in what they would run; the message names the value.
     """
@@ -146,6 +149,8 @@ def convert(
         left = check_left(model, layers, strict=strict)
         if options.router is not None:
             check_routed(layers)
+        if deterministic:
+            check_deterministic(blocks, not_whole(layers))
         found = {name: block.experts for name, block in blocks.items()} | experts
         decisions = {name: plan.decide() for name, plan in found.items()}
         values = layer_values(model, options, found, decisions) if ranks is not None else {}
@@ -154,13 +159,14 @@ def convert(
     blocks, experts, reasons, left = agree(transport_of(ranks), read)
     for block in blocks.values():
         block.adopt()
+    set_row_modules(model, blocks, deterministic)
     for plan in experts.values():
         plan.adopt(FamilyExperts)
     if experts:
         _pin(model.get_submodule(name) for name in reasons)
         model.set_experts_implementation(NAME)
     set_activation_dtype(model, options.experts.activation_dtype)
-    use_attention(model)
+    use_attention(model, deterministic=deterministic)
     if ranks is not None:
         watch_steps(model, ranks, [*blocks, *experts])
         balance_experts(model, [*blocks, *experts])
@@ -241,6 +247,11 @@ def survey(
             continue
         inside.append(name)
     return found
+
+
+def not_whole(layers: list[TakenOver]) -> dict[str, str]:
+    """The MoE layers that are not ours as a whole, by path, and why."""
+    return {layer.name: str(layer.reason) for layer in layers if layer.kind != "block"}
 
 
 def _parent(name: str) -> str:

@@ -24,7 +24,8 @@ from mixtura.experts import ExpertsOptions
 from mixtura.experts.words import activation_in_words
 from mixtura.hf.adopt import get_attribute, layer_index
 from mixtura.hf.blocks import BlockOptions, BlockPlan, read_top_k
-from mixtura.hf.convert import check_left, config_owners, plan_layers, survey
+from mixtura.hf.convert import check_left, config_owners, not_whole, plan_layers, survey
+from mixtura.hf.determinism import check_deterministic
 from mixtura.hf.experts import ExpertsPlan
 from mixtura.hf.explanation import (
     LAYER_NUMBER,
@@ -113,6 +114,8 @@ def explain(
     kinds = dict.fromkeys(blocks, "block") | dict.fromkeys(experts, "experts")
     found = survey(empty, kinds, reasons)
     check_left(empty, found, strict=strict)
+    if deterministic:
+        check_deterministic(blocks, not_whole(found))
     reader = _Reader(empty, where, stored, format, load)
     layers = []
     for layer in found:

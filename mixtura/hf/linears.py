@@ -80,7 +80,7 @@ class PackedLinear(nn.Module):
             rows.requires_grad or (bias is not None and bias.requires_grad)
         ):
             raise GradientUnsupported(
-                f"a linear layer's weight ({self._scheme}) must be a parameter to have "
+                f"a linear layer's weight ({self.scheme}) must be a parameter to have "
                 f"gradients; got a packed one. Use torch.no_grad(), or load the model without "
                 f"linears=."
             )
@@ -111,7 +111,7 @@ class PackedLinear(nn.Module):
             return rows if is_packed else round_activations(rows, inputs.scheme, inputs.scales)
         if asked is None or (is_packed and asked is not ActivationDtype.FP8):
             return rows
-        found = activations_for(asked, None, [self._scheme])
+        found = activations_for(asked, None, [self.scheme])
         return rows if found is None else round_activations(rows, found)
 
     def _packed(self) -> CpuLinear | None:
@@ -131,7 +131,8 @@ class PackedLinear(nn.Module):
         return self.packed
 
     @property
-    def _scheme(self) -> QuantScheme:
+    def scheme(self) -> QuantScheme:
+        """How the weight is stored."""
         found = self.given if self.packed is None else self.packed.matrix
         assert found is not None
         return found.scheme
@@ -167,7 +168,7 @@ class PackedLinear(nn.Module):
 
     def _refuse(self, rule: str) -> None:
         raise InputError(
-            f"a linear layer's weight ({self._scheme}) must be a parameter to {rule}; got a "
+            f"a linear layer's weight ({self.scheme}) must be a parameter to {rule}; got a "
             f"packed one. Keep the checkpoint it came from, or load it without linears=."
         )
 

@@ -8,7 +8,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mixtura.config import ExpertsConfig, MoEConfig, ParallelConfig, PlacementStrategy
+from mixtura.config import (
+    ExpertsConfig,
+    MoEConfig,
+    ParallelConfig,
+    PlacementStrategy,
+    WireFormat,
+)
 from mixtura.errors import ConfigError, ParallelError
 from mixtura.parallel.placement import Placement
 from mixtura.parallel.step import StepClock
@@ -120,7 +126,9 @@ class Spread:
                 "shared experts must not be fused into experts that are spread over ranks; got "
                 f"{config.routing.num_fused_shared_experts} fused. Run the shared experts apart."
             )
-        return cls.of_experts(config.experts, ranks, placement, deterministic=config.deterministic)
+        if config.deterministic:
+            check_deterministic_ranks(ranks.config)
+        return cls.of_experts(config.experts, ranks, placement)
 
     @classmethod
     def of_experts(
@@ -128,8 +136,6 @@ class Spread:
         experts: ExpertsConfig,
         ranks: ExpertParallel,
         placement: Placement | None = None,
-        *,
-        deterministic: bool = False,
     ) -> Self:
         """Experts behind a router that is not ours. As `of`."""
         num_experts, cuts = experts.num_experts, ranks.config.tp_size
@@ -137,11 +143,6 @@ class Spread:
             raise ConfigError(
                 f"tp_size ({cuts}) must be 1 where experts have a norm behind them, as a norm of "
                 f"parts is no part of the norm. Use expert parallelism alone."
-            )
-        if cuts > 1 and deterministic:
-            raise ConfigError(
-                f"tp_size ({cuts}) must be 1 with deterministic=True, as cut sums round "
-                f"differently. Use expert parallelism alone."
             )
         placement = placement if placement is not None else ranks.placement(num_experts)
         if (placement.num_experts, placement.topology.num_ranks) != (
@@ -190,3 +191,21 @@ class Spread:
     def to_physical(self, topk_ids: Tensor) -> Tensor:
         """Logical ids (T,K) -> physical ids (T,K): every expert's first replica."""
         return topk_ids if self.first_replica is None else self.first_replica[topk_ids.long()]
+
+
+def check_deterministic_ranks(config: ParallelConfig) -> None:
+    """Refuse ranks whose results are not bitwise those of one.
+
+    Raises:
+        ConfigError: experts are cut, or rows travel in 8 bits.
+    """
+    if config.tp_size > 1:
+        raise ConfigError(
+            f"tp_size ({config.tp_size}) must be 1 with deterministic=True, as cut sums round "
+            f"differently. Use expert parallelism alone."
+        )
+    if config.wire is not WireFormat.MODEL:
+        raise ConfigError(
+            f"wire ({config.wire.value}) must be 'model' with deterministic=True, as rows of 8 "
+            f"bits are not what one rank multiplies. Drop one."
+        )

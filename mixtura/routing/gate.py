@@ -18,11 +18,9 @@ from mixtura.config import (
     Simulation,
 )
 from mixtura.errors import InputError
+from mixtura.kernels.row_linear import row_invariant_linear
 from mixtura.routing.routers import Router, RouterTensors
 from mixtura.types import Routing, TokenInputs
-
-ROW_INVARIANT_BLOCK = 64
-"""Rows whose products with the gate are held at once where each row must round alike."""
 
 
 def gate_logits(
@@ -37,8 +35,8 @@ def gate_logits(
 
     Args:
         is_fp32: in fp32, else in the dtype of the hidden states.
-        is_row_invariant: as products and a sum per row, so that a row's logits are bitwise the
-            same in any batch and with any number of threads.
+        is_row_invariant: a row's logits are bitwise the same in any batch and with any number of
+            threads.
     """
     if is_fp32 and not is_row_invariant and _multiplies_exactly(hidden_states, weight):
         logits = torch.mm(hidden_states, weight.T, out_dtype=torch.float32)
@@ -49,14 +47,9 @@ def gate_logits(
     else:
         weight = weight.to(hidden_states.dtype)
         bias = bias.to(hidden_states.dtype) if bias is not None else None
-    if not is_row_invariant:
-        return F.linear(hidden_states, weight, bias)
-    parts = [
-        (block.unsqueeze(1) * weight).sum(-1)
-        for block in torch.split(hidden_states, ROW_INVARIANT_BLOCK)
-    ]
-    logits = torch.cat(parts) if parts else hidden_states.new_zeros(0, weight.shape[0])
-    return logits if bias is None else logits + bias
+    if is_row_invariant:
+        return row_invariant_linear(hidden_states, weight, bias)
+    return F.linear(hidden_states, weight, bias)
 
 
 def _multiplies_exactly(hidden_states: Tensor, weight: Tensor) -> bool:
