@@ -69,7 +69,7 @@ int64_t longest_row(const Layer& layer) {
   return (widest + kPanel - 1) / kPanel * kPanel + kPanel;
 }
 
-Scratch thread_scratch(const Layer& layer, const Kernels& kernels) {
+Scratch thread_scratch(const Layer& layer, const Kernels& kernels, int64_t rank_stride) {
   static thread_local Arena arena;
   Scratch s{};
   for (uint8_t* base = nullptr;;) {
@@ -78,6 +78,8 @@ Scratch thread_scratch(const Layer& layer, const Kernels& kernels) {
     s.unpacked = cut.take<uint8_t>(kUnpackedBytes);
     s.row = cut.take<float>(longest_row(layer));
     s.permuted = cut.take<float>(layer.gate_up.permutation ? longest_row(layer) : 0);
+    s.added = cut.take<float>(rank_stride ? scratch_columns(layer) : 0);
+    s.shrunk = cut.take<float>(rank_stride);
     // Last: memory that is not touched without tiles.
     s.tile_rows = cut.take<uint32_t>(
         kTileRowChunk * std::max(tile_row_words(layer.gate_up), tile_row_words(layer.down)));
@@ -126,6 +128,7 @@ struct Job {
   const Sorted* sorted;
   int64_t units, down_tasks;
   int64_t row_block;  // tokens that a thread prepares or combines at a time
+  int64_t shrink_tasks, shrink_block;  // for rows' adapters, and sorted rows of one
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -141,7 +144,7 @@ void experts_region(void* context, Team& team, int member) {
   const Call& call = job.call;
   const Kernels& kernels = *job.kernels;
   const Sorted& sorted = *job.sorted;
-  Scratch scratch = thread_scratch(*call.layer, kernels);
+  Scratch scratch = thread_scratch(*call.layer, kernels, call.rank_stride);
   const int64_t row_tasks = ceil_div(call.num_tokens, job.row_block);
   const auto rows = [&](void (*run)(const Call&, int64_t, Scratch&)) {
     return [&, run](int64_t n) {
@@ -149,7 +152,13 @@ void experts_region(void* context, Team& team, int member) {
       for (int64_t token = n * job.row_block; token < last; ++token) run(call, token, scratch);
     };
   };
-  each(team, member, 0, row_tasks, rows(kernels.prepare));
+  const auto prepare = rows(kernels.prepare);
+  each(team, member, 0, row_tasks + job.shrink_tasks, [&](int64_t n) {
+    if (n < row_tasks) return prepare(n);
+    const int64_t first = (n - row_tasks) * job.shrink_block;
+    const int64_t last = std::min((int64_t)sorted.slots.size(), first + job.shrink_block);
+    for (int64_t row = first; row < last; ++row) kernels.shrink_row(call, row, scratch);
+  });
   team.barrier();
   each(team, member, 1, (int64_t)sorted.active.size() * job.units, [&](int64_t n) {
     kernels.gate_up(call, sorted.active[n / job.units], n % job.units, scratch);
@@ -168,7 +177,7 @@ void experts_region(void* context, Team& team, int member) {
 void linear_region(void* context, Team& team, int member) {
   const Job& job = *(const Job*)context;
   const Call& call = job.call;
-  Scratch scratch = thread_scratch(*call.layer, *job.kernels);
+  Scratch scratch = thread_scratch(*call.layer, *job.kernels, 0);
   const int64_t row_tasks = ceil_div(call.num_tokens, job.row_block);
   const auto block = [&](int64_t n, auto run) {
     const int64_t last = std::min(call.num_tokens, (n + 1) * job.row_block);
@@ -185,15 +194,28 @@ void linear_region(void* context, Team& team, int member) {
 }
 
 // Bytes between the phases, for one token.
-int64_t bytes_per_token(const Layer& layer, int64_t top_k, bool has_row_per_slot) {
+int64_t bytes_per_token(const Layer& layer, int64_t top_k, bool has_row_per_slot,
+                        int64_t shrunk_per_slot) {
   const int64_t hidden = row_layout(layer.down).stride + layer.down.num_panels * kPanel;
   const int64_t num_rows = has_row_per_slot ? top_k : 1;
-  return 4 * (num_rows * row_layout(layer.gate_up).stride + top_k * hidden);
+  return 4 * (num_rows * row_layout(layer.gate_up).stride + top_k * (hidden + shrunk_per_slot));
 }
 
 Arena& workspace() {
   static thread_local Arena arena;
   return arena;
+}
+
+// What adapters have to do: nothing where no token has one. False where a number is none's.
+bool find_adapters(const Input& input, bool* are_used) {
+  *are_used = false;
+  if (!input.adapter_ids) return true;
+  const int64_t count = (int64_t)input.adapters->all.size();
+  for (int64_t t = 0; t < input.num_tokens; ++t) {
+    if (input.adapter_ids[t] < -1 || input.adapter_ids[t] >= count) return false;
+    *are_used |= input.adapter_ids[t] >= 0;
+  }
+  return true;
 }
 
 int64_t element_size(Dtype dtype) { return dtype == Dtype::F32 ? 4 : 2; }
@@ -205,12 +227,17 @@ bool run_experts(const Kernels& kernels, const Layer& layer, const Input& input,
   const int64_t top_k = input.top_k;
   for (int64_t s = 0; s < input.num_tokens * top_k; ++s)
     if (input.ids[s] < -1 || input.ids[s] >= layer.num_experts) return false;
+  bool has_adapters;
+  if (!find_adapters(input, &has_adapters)) return false;
+  const int64_t units = ceil_div(layer.intermediate_size, layer.unit_columns);
+  const int64_t rank_stride = has_adapters ? input.adapters->rank_stride : 0;
   const Matrix& m = layer.gate_up;
   const bool has_row_per_slot =
       m.permutation ||
       (m.rounding != Rounding::NONE && (m.rounds_per_expert || input.weight_on_input));
   const int64_t most =
-      std::max<int64_t>(1, kWorkspaceBytes / bytes_per_token(layer, top_k, has_row_per_slot));
+      std::max<int64_t>(1, kWorkspaceBytes / bytes_per_token(layer, top_k, has_row_per_slot,
+                                                             (2 + units) * rank_stride));
   const int64_t passes = ceil_div(input.num_tokens, most);
   for (int64_t pass = 0, first = 0; pass < passes; ++pass) {
     const int64_t num_tokens = ceil_div(input.num_tokens - first, passes - pass);
@@ -235,18 +262,26 @@ bool run_experts(const Kernels& kernels, const Layer& layer, const Input& input,
     c.slots = sorted.slots.data();
     c.offsets = sorted.offsets.data();
     c.position = sorted.position.data();
+    c.adapters = has_adapters ? input.adapters->all.data() : nullptr;
+    c.adapter_ids = has_adapters ? input.adapter_ids + first : nullptr;
+    c.rank_stride = rank_stride;
+    c.num_units = units;
     for (uint8_t* base = nullptr;;) {
       Cutter cut(base);
       c.rows = cut.take<uint32_t>((has_row_per_slot ? num_slots : num_tokens) *
                                   row_layout(layer.gate_up).stride);
       c.hidden = cut.take<uint32_t>(num_slots * row_layout(layer.down).stride);
       c.y = cut.take<float>(num_slots * layer.down.num_panels * kPanel);
+      c.shrunk = cut.take<float>(num_slots * 2 * rank_stride);
+      c.shrunk_hidden = cut.take<float>(num_slots * units * rank_stride);
       if (base) break;
       base = workspace().get(cut.used());
     }
-    job.units = ceil_div(layer.intermediate_size, layer.unit_columns);
+    job.units = units;
     job.down_tasks = ceil_div(layer.down.num_panels, kDownPanels);
     job.row_block = std::max<int64_t>(1, std::min<int64_t>(8, num_tokens / num_threads));
+    job.shrink_block = std::max<int64_t>(1, std::min<int64_t>(8, num_slots / num_threads));
+    job.shrink_tasks = has_adapters ? ceil_div(num_slots, job.shrink_block) : 0;
     run_team(num_threads, experts_region, &job);
     first += num_tokens;
   }

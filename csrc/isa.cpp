@@ -24,6 +24,8 @@ using namespace mixtura;
 #include "unpack.h"
 #include "multiply_amx.h"
 #include "multiply.h"
+#include "rows.h"
+#include "lora.h"
 #include "tasks.h"
 #include "attend.h"
 #include "probe.h"
@@ -44,7 +46,7 @@ const Kernels NAME(MIXTURA_ISA) = {
 #else
     false,
 #endif
-    kU8Zero != 0, kRows, prepare, gate_up, down, combine, finish_linear, read_streams, spin, spin_operations,
+    kU8Zero != 0, kRows, prepare, shrink_row, gate_up, down, combine, finish_linear, read_streams, spin, spin_operations,
     prepare_gate, gate, score, soft_cap_logits, attend, join_chunks,
 };
 }  // namespace mixtura

@@ -123,9 +123,28 @@ Layer make_linear(const Matrix& matrix) {
 }
 
 Input make_input(Address x, int x_dtype, Address ids, Address weights, Address out,
-                 int64_t num_tokens, int64_t top_k, bool weight_on_input, bool reduce) {
+                 int64_t num_tokens, int64_t top_k, bool weight_on_input, bool reduce,
+                 Address adapter_ids = 0, const Adapters* adapters = nullptr) {
   return {(const void*)x, (Dtype)x_dtype, at<int32_t>(ids), at<float>(weights), (void*)out,
-          num_tokens,     top_k,          weight_on_input,  reduce};
+          num_tokens,     top_k,          weight_on_input,  reduce, at<int32_t>(adapter_ids), adapters};
+}
+
+// Three parts of every adapter: gate, up, down. A part is its rank, then address, dtype and stride of A
+// and of B; rank 0 and nothing else where there is none.
+Adapters make_adapters(const std::vector<std::vector<int64_t>>& parts) {
+  Adapters adapters{};
+  const auto part_at = [&](size_t n) -> LowRank {
+    const std::vector<int64_t>& p = parts[n];
+    if (p.size() != 7) return {};
+    adapters.rank_stride = std::max(adapters.rank_stride, (p[0] + kPanel - 1) / kPanel * kPanel);
+    return {p[0], {(const void*)p[1], (Dtype)p[2], p[3]}, {(const void*)p[4], (Dtype)p[5], p[6]}};
+  };
+  for (size_t n = 0; n + 3 <= parts.size(); n += 3) {
+    Adapter a{part_at(n), part_at(n + 1), part_at(n + 2), false};
+    a.shares_a = a.gate.rank && a.up.rank && a.gate.a.values == a.up.a.values;
+    adapters.all.push_back(a);
+  }
+  return adapters;
 }
 
 // Weights are packed for the arithmetic of a path; on another that may be missing.
@@ -234,17 +253,20 @@ NB_MODULE(_cpu, m) {
   nb::class_<Layer>(m, "Layer").def_ro("unit_columns", &Layer::unit_columns);
 
   m.def("matrix", &make_matrix);
+  nb::class_<Adapters>(m, "Adapters");
   m.def("layer", &make_layer);
+  m.def("adapters", &make_adapters);
   m.def("linear", &make_linear);
 
   m.def("run_experts",
         [](const Layer& layer, Address x, int x_dtype, Address ids, Address weights, Address out,
-           int64_t num_tokens, int64_t top_k, bool weight_on_input, bool reduce, int num_threads) {
+           int64_t num_tokens, int64_t top_k, bool weight_on_input, bool reduce, Address adapter_ids,
+           const Adapters& adapters, int num_threads) {
           check_arithmetic(layer);
           nb::gil_scoped_release release;
           return run_experts(current_kernels(), layer,
                              make_input(x, x_dtype, ids, weights, out, num_tokens, top_k,
-                                        weight_on_input, reduce),
+                                        weight_on_input, reduce, adapter_ids, &adapters),
                              num_threads);
         });
   m.def("run_linear", [](const Layer& layer, Address x, int x_dtype, Address out,

@@ -10,61 +10,6 @@ constexpr int kRows = kTileRowChunk;
 constexpr int kRows = kRowChunk;
 #endif
 
-FN F load_x(Dtype dtype, const void* x, int64_t at) {
-  switch (dtype) {
-    case Dtype::F32: return f_load((const float*)x + at);
-    case Dtype::F16: return f_load_f16((const uint16_t*)x + at);
-    default: return as_float(i_shl<16>(i_load_u16((const uint16_t*)x + at)));
-  }
-}
-
-FN I bf16_bits(F x) {
-  const I bits = as_int(x);
-  const I rounded = i_shr<16>(i_add(bits, i_add(i_set(0x7fff), i_and(i_shr<16>(bits), i_set(1)))));
-  // NaN must not round to infinity: a number with bits above those of infinity keeps one set.
-  const I magnitude = i_and(bits, i_set(0x7fffffff));
-  const F is_nan = f_select_less(to_float(magnitude), f_set(2139095104.0f), f_zero(), f_set(1.0f));
-  return i_or(rounded, i_and(as_int(is_nan), i_set(0x40)));
-}
-
-FN float bf16_value(uint16_t bits) {
-  const uint32_t wide = (uint32_t)bits << 16;
-  float x;
-  __builtin_memcpy(&x, &wide, 4);
-  return x;
-}
-
-FN void store_x(Dtype dtype, void* out, int64_t at, F x) {
-  switch (dtype) {
-    case Dtype::F32: f_store((float*)out + at, x); return;
-    case Dtype::F16: store_f16((uint16_t*)out + at, x); return;
-    default: store_u16((uint16_t*)out + at, bf16_bits(x)); return;
-  }
-}
-
-// A row of `n` floats, padded with zeros to a multiple of 16.
-static void read_row(Dtype dtype, const void* x, int64_t at, int64_t n, float* row) {
-  const int64_t whole = n / 16 * 16;
-  for (int64_t i = 0; i < whole; i += 16) f_store(row + i, load_x(dtype, x, at + i));
-  if (whole == n) return;
-  alignas(64) uint8_t rest[64] = {};
-  const int size = dtype == Dtype::F32 ? 4 : 2;
-  __builtin_memcpy(rest, (const uint8_t*)x + (at + whole) * size, (n - whole) * size);
-  f_store(row + whole, load_x(dtype, rest, 0));
-}
-
-static void write_row(Dtype dtype, void* out, int64_t at, int64_t n, const float* row) {
-  const int64_t whole = n / 16 * 16;
-  for (int64_t i = 0; i < whole; i += 16) store_x(dtype, out, at + i, f_load(row + i));
-  if (whole == n) return;
-  alignas(64) float padded[16] = {};
-  __builtin_memcpy(padded, row + whole, (n - whole) * 4);
-  alignas(64) uint8_t rest[64];
-  store_x(dtype, rest, 0, f_load(padded));
-  const int size = dtype == Dtype::F32 ? 4 : 2;
-  __builtin_memcpy((uint8_t*)out + (at + whole) * size, rest, (n - whole) * size);
-}
-
 // Bytes b0 .. b7 of a word -> b0 b2 b4 b6 b1 b3 b5 b7.
 FN uint64_t even_bytes_first(uint64_t x) {
   uint64_t t = (x ^ (x >> 8)) & 0x0000ff000000ff00;
@@ -240,6 +185,7 @@ static void gate_up(const Call& call, int64_t expert, int64_t unit, Scratch& scr
   const float input = input_scale(m, expert), hidden_scale = input_scale(layer.down, expert);
   const bool weighs = weighs_products(call);
   const int64_t last = call.offsets[expert + 1];
+  if (call.adapters) fetch_gate_up(call, expert, first, columns);
   for (int64_t begin = call.offsets[expert], count; begin < last; begin += count) {
     count = last - begin < kRows ? last - begin : kRows;
     const uint32_t* rows[kRows];
@@ -250,20 +196,33 @@ static void gate_up(const Call& call, int64_t expert, int64_t unit, Scratch& scr
     multiply(m, expert, first_panel, num_panels, rows, (int)count, scratch.c, c_stride, scratch);
     for (int i = 0; i < count; ++i) {
       float* c = scratch.c + i * c_stride;
+      const Adapter* adapter = adapter_of(call, begin + i);
+      const float *to_first = nullptr, *to_up = nullptr;  // what is added
+      if (adapter) {
+        const float* shrunk = call.shrunk + 2 * (begin + i) * call.rank_stride;
+        to_up = expanded(adapter->up, expert, first, steps, shrunk + call.rank_stride, scratch.added);
+        to_first = layer.is_gated ? expanded(adapter->gate, expert, first, steps, shrunk,
+                                             scratch.added + steps * kPanel)
+                                  : to_up;
+      }
       const F factor = f_set(weighs ? call.weights[call.slots[begin + i]] : input > 0.0f ? input : 1.0f);
       for (int64_t s = 0; s < steps; ++s) {
-        const auto value = [&](int64_t panel) {
+        const auto value = [&](int64_t panel, const float* added) {
           F x = f_load(c + panel * kPanel);
           if (scale) x = f_mul(x, f_load(scale + panel * kPanel));
           if (weighs || input > 0.0f) x = f_mul(x, factor);
           if (bias) x = f_add(x, f_load(bias + panel * kPanel));
+          if (added) x = f_add(x, f_load(added + s * kPanel));
           return x;
         };
-        F h = activate_gate(layer.activation, value(s * halves));
-        if (layer.is_gated) h = f_mul(h, activate_up(layer.activation, value(s * 2 + 1)));
+        F h = activate_gate(layer.activation, value(s * halves, to_first));
+        if (layer.is_gated) h = f_mul(h, activate_up(layer.activation, value(s * 2 + 1, to_up)));
         f_store(c + s * kPanel, h);
       }
       for (int64_t n = columns; n < steps * kPanel; ++n) c[n] = 0.0f;
+      if (adapter)
+        shrink(adapter->down, expert, first, columns, c,
+               call.shrunk_hidden + ((begin + i) * call.num_units + unit) * call.rank_stride);
       store_activations(layer.down, call.hidden + (begin + i) * hidden_stride, first, columns, c,
                         hidden_scale);
     }
@@ -277,6 +236,7 @@ static void down(const Call& call, int64_t expert, int64_t first_panel, int64_t 
   const int64_t at = (expert * m.num_panels + first_panel) * kPanel;
   const float input = input_scale(m, expert);
   const int64_t last = call.offsets[expert + 1];
+  if (call.adapters) fetch_down(call, expert, first_panel * kPanel, num_panels * kPanel);
   for (int64_t begin = call.offsets[expert], count; begin < last; begin += count) {
     count = last - begin < kRows ? last - begin : kRows;
     const uint32_t* rows[kRows];
@@ -284,7 +244,7 @@ static void down(const Call& call, int64_t expert, int64_t first_panel, int64_t 
     for (int i = 0; i < count; ++i) rows[i] = call.hidden + (begin + i) * row_stride;
     float* y = call.y + begin * y_stride + first_panel * kPanel;
     multiply(m, expert, first_panel, num_panels, rows, (int)count, y, y_stride, scratch);
-    if (!m.row_scale && !m.bias && input == 0.0f) continue;
+    if (!m.row_scale && !m.bias && input == 0.0f && !call.adapters) continue;
     for (int i = 0; i < count; ++i, y += y_stride) {
       for (int64_t n = 0; n < num_panels * kPanel; n += kPanel) {
         F x = f_load(y + n);
@@ -293,6 +253,8 @@ static void down(const Call& call, int64_t expert, int64_t first_panel, int64_t 
         if (m.bias) x = f_add(x, f_load(m.bias + at + n));
         f_store(y + n, x);
       }
+      if (const Adapter* adapter = adapter_of(call, begin + i))
+        expand_down(call, *adapter, expert, begin + i, first_panel, num_panels, y, scratch);
     }
   }
 }

@@ -137,6 +137,25 @@ struct Layer {
   int64_t unit_columns;           // of the hidden layer that one task computes
 };
 
+// A or B of an adapter's part, [L][rank][stride]: the columns of A, or the outputs of B, of one rank
+// beside each other, and zeros behind them up to a multiple of 16.
+struct Factor {
+  const void* values;
+  Dtype dtype;
+  int64_t stride;
+};
+
+// y += B (A x). Rank 0: nothing.
+struct LowRank {
+  int64_t rank;
+  Factor a, b;
+};
+
+struct Adapter {
+  LowRank gate, up, down;  // ungated experts: `up` is of their first projection
+  bool shares_a;           // gate and up have one A
+};
+
 // One call, and where its rows are while it runs.
 struct Call {
   const Layer* layer;
@@ -157,6 +176,11 @@ struct Call {
   uint32_t* rows;
   uint32_t* hidden;              // (N, row_layout(down).stride)
   float* y;                      // (N, down.num_panels * 16)
+  const Adapter* adapters;       // null: no row has one
+  const int32_t* adapter_ids;    // (T), -1: none
+  int64_t rank_stride, num_units;
+  float* shrunk;                 // (N, 2, rank_stride): A x of gate and of up
+  float* shrunk_hidden;          // (N, num_units, rank_stride): of down, a unit's part of the sum
 };
 
 // Memory of one thread, 64-byte aligned.
@@ -164,6 +188,7 @@ struct Scratch {
   float* c;            // row_chunk * scratch_columns
   uint8_t* unpacked;   // kUnpackedBytes
   float *row, *permuted;  // one row in fp32, padded
+  float *added, *shrunk;  // what adapters add to a unit's gates and ups, and A x of one row
   uint32_t* tile_rows; // kTileRowChunk rows of tile_row_words
   // Whose rows are to be multiplied, and whose are in `tile_rows`: a number for each set of rows.
   int64_t rows_of, tiles_of;
@@ -203,6 +228,7 @@ struct Kernels {
   bool takes_int8_min;                // int8 activations may be -128 beside codes of 8 bits
   int row_chunk;                      // kRowChunk or kTileRowChunk
   void (*prepare)(const Call&, int64_t token, Scratch&);
+  void (*shrink_row)(const Call&, int64_t row, Scratch&);
   void (*gate_up)(const Call&, int64_t expert, int64_t unit, Scratch&);
   void (*down)(const Call&, int64_t expert, int64_t first_panel, int64_t num_panels, Scratch&);
   void (*combine)(const Call&, int64_t token, Scratch&);

@@ -218,6 +218,11 @@ class LowRank:
         """r."""
         return self.a.shape[1]
 
+    @property
+    def num_experts(self) -> int:
+        """L."""
+        return self.a.shape[0]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraWeights:
@@ -234,6 +239,47 @@ class LoraWeights:
     gate: LowRank | None = None
     up: LowRank | None = None
     down: LowRank | None = None
+
+    def parts(self) -> dict[str, LowRank]:
+        """Those that it has, by name."""
+        found = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors by name, (L, ...) each; one that gate and up share is there once."""
+        factors = {
+            f"{name}.{factor}": tensor
+            for name, part in self.parts().items()
+            for factor, tensor in (("a", part.a), ("b", part.b))
+        }
+        shares = self.gate is not None and self.up is not None and self.gate.a is self.up.a
+        return {name: t for name, t in factors.items() if not (shares and name == "up.a")}
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> LoraWeights:
+        """The same adapter with every factor changed, one that is shared only once."""
+        done: dict[int, Tensor] = {}
+
+        def once(factor: Tensor) -> Tensor:
+            if id(factor) not in done:
+                done[id(factor)] = change(factor)
+            return done[id(factor)]
+
+        parts = {name: LowRank(once(part.a), once(part.b)) for name, part in self.parts().items()}
+        return LoraWeights(**parts)
+
+
+Adapters = tuple[LoraWeights | None, ...]
+"""What adapters add to a layer, by their number; None: nothing."""
+
+
+def adapter_tensors(adapters: Adapters) -> dict[str, Tensor]:
+    """The factors of all adapters by number and name, (L, ...) each."""
+    return {
+        f"lora.{number}.{name}": tensor
+        for number, adapter in enumerate(adapters)
+        if adapter is not None
+        for name, tensor in adapter.tensors().items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +302,7 @@ class ExpertWeights:
             running; None: nothing. In the weights that `StoredWeightsKernel.pack` returns, what is
             done. It is of the rows that quantized matrices multiply, and of those among them that
             no stored scale is for.
+        lora: what adapters add beside the weights, which stay as they are.
     """
 
     config: ExpertsConfig
@@ -268,6 +315,7 @@ class ExpertWeights:
     gate_up_inputs: StaticInputs | None = None
     down_inputs: StaticInputs | None = None
     activations: ActivationScheme | None = None
+    lora: Adapters = ()
 
     def __post_init__(self) -> None:
         c = self.config
@@ -309,6 +357,7 @@ class ExpertWeights:
         for matrix in self.projections():
             found += matrix.tensors.values()
         found += [inputs.scales for inputs in self.inputs]
+        found += adapter_tensors(self.lora).values()
         return tuple(found)
 
     def slots(self) -> dict[str, Tensor]:
@@ -321,7 +370,7 @@ class ExpertWeights:
             if matrix is not None
             for name, tensor in matrix.tensors.items()
         }
-        return found | self.slot_vectors()
+        return found | self.slot_vectors() | adapter_tensors(self.lora)
 
     def slot_vectors(self) -> dict[str, Tensor]:
         """Those of `slots` that are no matrices: biases, and scales of inputs."""
@@ -377,6 +426,7 @@ class ExpertWeights:
             post_norm=tensor(self.post_norm),
             gate_up_inputs=inputs(self.gate_up_inputs),
             down_inputs=inputs(self.down_inputs),
+            lora=tuple(one if one is None else one.mapped(change) for one in self.lora),
         )
 
     @property
@@ -423,6 +473,7 @@ class ExpertsProblem:
             running; None: nothing. Where an arithmetic is asked for, `activations_for` has the
             last word.
         has_unlike_gate_up: gate and up are stored apart, in two schemes.
+        has_lora: adapters add to what some rows' experts give.
     """
 
     experts: ExpertsConfig
@@ -436,6 +487,7 @@ class ExpertsProblem:
     roundings: tuple[ActivationScheme, ...] = ()
     activations: ActivationScheme | None = None
     has_unlike_gate_up: bool = False
+    has_lora: bool = False
 
     @property
     def is_dense(self) -> bool:

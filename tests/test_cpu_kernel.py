@@ -1247,7 +1247,7 @@ def test_layers_that_are_alike_share_a_graph():
 
 def test_opcheck_of_the_kernel():
     packed, batch = pack_layer(random_weights(sizes())), random_batch(sizes(), 3)
-    operands = (batch.hidden_states, batch.local_ids, batch.topk_weights, packed.key)
+    operands = (batch.hidden_states, batch.local_ids, batch.topk_weights, None, packed.key)
     for reduce in (True, False):
         torch.library.opcheck(torch.ops.mixtura.cpu_experts.default, (*operands, False, reduce))
 
@@ -1257,11 +1257,11 @@ def test_a_graph_outlives_no_experts():
     gone = torch.tensor([2**40])
     with pytest.raises(InputError, match="must be alive while a compiled graph runs; got none"):
         torch.ops.mixtura.cpu_experts(
-            batch.hidden_states, batch.local_ids, batch.topk_weights, gone, False, True
+            batch.hidden_states, batch.local_ids, batch.topk_weights, None, gone, False, True
         )
     with pytest.raises(InputError, match="must be alive while a compiled graph runs; got none"):
         torch.ops.mixtura.experts(
-            batch.hidden_states, batch.local_ids, batch.topk_weights, gone, True
+            batch.hidden_states, batch.local_ids, batch.topk_weights, None, gone, True
         )
 
 

@@ -113,9 +113,10 @@ class AsynchronousDispatcher(Dispatcher):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Event:
         self.events.append("dispatch")
-        batch = ExpertBatch(hidden_states, physical_ids, topk_weights)
+        batch = ExpertBatch(hidden_states, physical_ids, topk_weights, adapter_ids=adapter_ids)
         return Event("dispatch", Dispatched(batch, "handle"), self.events)
 
     def combine(self, rows: Tensor, handle: Any) -> Event:

@@ -50,11 +50,12 @@ class AllGatherDispatcher(Dispatcher):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Pending[Dispatched]:
         check_no_grad(hidden_states, topk_weights)
         assert num_rows is not None and num_rows[self.transport.rank] == hidden_states.shape[0]
         wire = Wire(self.wire, hidden_states.dtype, hidden_states.shape[1], physical_ids.shape[1])
-        records = wire.write(hidden_states, physical_ids, topk_weights)
+        records = wire.write(hidden_states, physical_ids, topk_weights, adapter_ids)
         pending = self.transport.all_gather(records, num_rows)
 
         def arrived(records: Tensor) -> Dispatched:

@@ -45,11 +45,18 @@ class AllReduceDispatcher(Dispatcher):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Pending[Dispatched]:
         check_no_grad(hidden_states, topk_weights)
         local_ids = self.slots.local_ids(physical_ids)
         share = 1 / self.transport.size
-        batch = ExpertBatch(hidden_states, local_ids, topk_weights, expected_share=share)
+        batch = ExpertBatch(
+            hidden_states,
+            local_ids,
+            topk_weights,
+            expected_share=share,
+            adapter_ids=adapter_ids,
+        )
         return Ready(Dispatched(batch, hidden_states.dtype))
 
     def combine(self, rows: Tensor, handle: Any) -> Pending[Full]:

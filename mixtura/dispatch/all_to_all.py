@@ -99,6 +99,7 @@ class AllToAllDispatcher(Dispatcher):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Pending[Dispatched]:
         check_no_grad(hidden_states, topk_weights)
         split = self._by_slot if self.wants_terms else self._by_rank
@@ -109,7 +110,10 @@ class AllToAllDispatcher(Dispatcher):
         wire = Wire(
             self.wire, hidden_states.dtype, hidden_states.shape[1], leaving.local_ids.shape[1]
         )
-        records = wire.write(hidden_states, leaving.local_ids, leaving.topk_weights, leaving.tokens)
+        adapters = None if adapter_ids is None else adapter_ids[leaving.tokens]
+        records = wire.write(
+            hidden_states, leaving.local_ids, leaving.topk_weights, adapters, leaving.tokens
+        )
         pending = self.transport.all_to_all(records, leaving.send, receive)
         places = leaving.adding_order.argsort(stable=True)
         per_token = leaving.tokens.bincount(minlength=hidden_states.shape[0])

@@ -63,6 +63,7 @@ class Dispatcher(ABC):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Pending[Dispatched]:
         """Send rows; what arrives is this rank's `ExpertBatch`.
 
@@ -71,6 +72,7 @@ class Dispatcher(ABC):
             physical_ids: (T,K) int32; -1 is a slot without an expert.
             topk_weights: (T,K) fp32.
             num_rows: how many rows each rank brings, where `needs_counts`.
+            adapter_ids: (T,) int32 LoRA adapters of the rows; None: none of them has one.
         """
 
     @abstractmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixtura.config import WireFormat
 from mixtura.dispatch.contract import Dispatched, Dispatcher, check_no_grad
-from mixtura.errors import MissingDependency
+from mixtura.errors import InputError, MissingDependency
 from mixtura.parallel.ranks import Spread
 from mixtura.parallel.transport import Pending, Then, TorchTransport
 from mixtura.types import ExpertBatch, Full
@@ -80,8 +80,14 @@ class DeepEpDispatcher(Dispatcher):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Pending[Dispatched]:
         check_no_grad(hidden_states, topk_weights)
+        if adapter_ids is not None:
+            raise InputError(
+                f"adapter_ids ({tuple(adapter_ids.shape)}) must be None with the dispatcher "
+                f"{self.name}, whose rows bring none along; got some. Use all_to_all."
+            )
         assert num_rows is not None
         buffer = self._buffer_for(max(num_rows), hidden_states.shape[1], physical_ids.shape[1])
         rows, local_ids, weights, handle, event = buffer.dispatch(

@@ -25,8 +25,10 @@ class LocalDispatcher(Dispatcher):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Pending[Dispatched]:
-        return Ready(Dispatched(ExpertBatch(hidden_states, physical_ids, topk_weights), None))
+        batch = ExpertBatch(hidden_states, physical_ids, topk_weights, adapter_ids=adapter_ids)
+        return Ready(Dispatched(batch, None))
 
     def combine(self, rows: Tensor, handle: Any) -> Pending[Full]:
         return Ready(Full(rows))

@@ -40,13 +40,15 @@ class SharedBatchDispatcher(Dispatcher):
         physical_ids: Tensor,
         topk_weights: Tensor,
         num_rows: Sequence[int] | None = None,
+        adapter_ids: Tensor | None = None,
     ) -> Pending[Dispatched]:
         bounds = even_bounds(hidden_states.shape[0], self.transport.size)
         counts = tuple(stop - start for start, stop in pairwise(bounds))
         start, stop = bounds[self.transport.rank : self.transport.rank + 2]
         part = slice(start, stop)
+        adapters = None if adapter_ids is None else adapter_ids[part]
         pending = self.inner.dispatch(
-            hidden_states[part], physical_ids[part], topk_weights[part], counts
+            hidden_states[part], physical_ids[part], topk_weights[part], counts, adapters
         )
         return Then(pending, lambda out: Dispatched(out.batch, (out.handle, counts)))
 

@@ -1,9 +1,10 @@
-"""What a row travels as: one record of bytes with its values, ids and weights.
+"""What a row travels as: one record of bytes with its values, ids, weights and adapter.
 
 | bytes | what |
 |---|---|
 | 4 K | ids, int32 |
 | 4 K | weights, fp32 |
+| 4 | LoRA adapter, int32; -1 is none |
 | 4 ceil(H / 128) | scales, fp32; with 8-bit codes only |
 | H x itemsize | values in the model's dtype, or 8-bit codes |
 | up to 15 | padding to a multiple of 16 |
@@ -51,7 +52,13 @@ class Wire:
     @property
     def values_offset(self) -> int:
         """Where in a record the values begin; a multiple of 16, so that they can be viewed."""
-        return _aligned(4 * (2 * self.top_k + self.num_scales))
+        return _aligned(4 * self._scales.stop)
+
+    @property
+    def _scales(self) -> slice:
+        """The words of a record behind ids, weights and adapter."""
+        start = 2 * self.top_k + 1
+        return slice(start, start + self.num_scales)
 
     @property
     def row_bytes(self) -> int:
@@ -60,12 +67,18 @@ class Wire:
         return _aligned(self.values_offset + self.hidden_size * itemsize)
 
     def write(
-        self, hidden_states: Tensor, ids: Tensor, weights: Tensor, tokens: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        adapter_ids: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Ids (M,K) and weights (M,K), with their tokens' rows -> (M, row_bytes) uint8.
 
         Args:
             hidden_states: (T,H). ids: (M,K) int32. weights: (M,K) fp32.
+            adapter_ids: (M,) int32; None is -1.
             tokens: (M,) int64 whose row each record has; None: one after the other.
         """
         records = hidden_states.new_empty((ids.shape[0], self.row_bytes), dtype=torch.uint8)
@@ -73,11 +86,12 @@ class Wire:
         k = self.top_k
         words[:, :k] = ids
         words[:, k : 2 * k] = weights.to(torch.float32).view(torch.int32)
+        words[:, 2 * k] = -1 if adapter_ids is None else adapter_ids
         values = hidden_states
         if self.format is not WireFormat.MODEL:
             codes, scales = quantize_rows(hidden_states, self.format)
             of_records = scales if tokens is None else scales[tokens]
-            words[:, 2 * k : 2 * k + self.num_scales] = of_records.view(torch.int32)
+            words[:, self._scales] = of_records.view(torch.int32)
             values = codes.view(torch.uint8)
         if tokens is None:
             self._values(records)[:] = values
@@ -91,10 +105,15 @@ class Wire:
         k = self.top_k
         values = self._values(records)
         if self.format is not WireFormat.MODEL:
-            scales = words[:, 2 * k : 2 * k + self.num_scales].view(torch.float32)
+            scales = words[:, self._scales].view(torch.float32)
             values = dequantize_rows(values, scales, self.format, self.dtype)
         weights = words[:, k : 2 * k].view(torch.float32)
-        return ExpertBatch(values.contiguous(), words[:, :k].contiguous(), weights.contiguous())
+        return ExpertBatch(
+            values.contiguous(),
+            words[:, :k].contiguous(),
+            weights.contiguous(),
+            adapter_ids=words[:, 2 * k].contiguous(),
+        )
 
     def _values(self, records: Tensor) -> Tensor:
         """The values' part of records, as a view: (M,H)."""

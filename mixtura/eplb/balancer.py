@@ -320,8 +320,7 @@ class ExpertBalancer:
         before = len(migration.journal), migration.num_moved
         if not migration.is_over:
             # They lie elsewhere where the model was copied or converted in between.
-            layer = migration.layer
-            migration.layers[layer] = LayerSlots(self.layers[layer].slots())
+            migration.set_slots(LayerSlots(self.layers[migration.layer].slots()))
         migration.step()
         if (len(migration.journal), migration.num_moved) != before:
             self._progress = time.monotonic()

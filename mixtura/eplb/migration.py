@@ -140,6 +140,18 @@ class Migration:
         else:
             self._send(layer, transfers)
 
+    def set_slots(self, slots: LayerSlots) -> None:
+        """Where the layer that is under way lies now, on every rank at the same step.
+
+        Where its experts have become others, as with adapters loaded in between, what was received
+        is of no use any more, and the layer begins anew; nothing of it has been written.
+        """
+        if slots.layout != self.layers[self.layer].layout:
+            if self._batch is not None:
+                self._take_in(self.layer)
+            self._staged, self._next = {}, 0
+        self.layers[self.layer] = slots
+
     def _send(self, layer: int, transfers: Sequence[Transfer]) -> None:
         """Start the next few transfers of a layer."""
         batch = transfers[self._next : self._next + self._slots_per_step]

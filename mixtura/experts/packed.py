@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,16 +13,21 @@ from torch import Tensor, nn
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
 from mixtura.cuda import cannot_capture, is_capturing, on_device
 from mixtura.errors import ConfigError, GradientUnsupported, InputError
+from mixtura.experts.lora import kept, moved
 from mixtura.experts.storage import Storage, read_weights, tensor_of
 from mixtura.kernels import ExpertsKernel, KernelDecision, select_kernel
 from mixtura.kernels.keys import Keys
+from mixtura.kernels.lora import check_adapter_ids
 from mixtura.quant.scheme import QuantScheme
 from mixtura.types import (
+    Adapters,
     ExpertBatch,
     ExpertsProblem,
     ExpertWeights,
+    LoraWeights,
     RoutingObserver,
     TokenSource,
+    adapter_tensors,
 )
 
 _PACKING = threading.RLock()
@@ -111,6 +116,8 @@ class PackedExperts(nn.Module):
     observers: tuple[RoutingObserver, ...]
     sources: tuple[TokenSource, ...]
     row_dtype: torch.dtype | None = None
+    lora: Adapters = ()
+    """What adapters add, by number; see `set_lora`."""
 
     def adopt(
         self,
@@ -143,6 +150,31 @@ class PackedExperts(nn.Module):
             return self.given
         return read_weights(self, self.experts_config, self.storage)
 
+    def set_lora(self, adapters: Sequence[LoraWeights | None]) -> None:
+        """Let these adapters, and no others, add to rows that ask for them by number.
+
+        Weights stay as they are, packed ones too; the kernel is chosen anew. Copies, pickles and
+        moves to a device take adapters along; `state_dict` does not.
+
+        Args:
+            adapters: by number, each of these experts alone; None where one adds nothing to them.
+
+        Raises:
+            InputError: an adapter does not fit the experts, or is not finite.
+        """
+        first = self.given.gate_up_proj.values if self.given else self._stored()["gate_up_proj"]
+        with _PACKING:
+            self.lora = kept(adapters, self.experts_config, first.device)
+            held = self.state.held
+            if held is not None and held.kernel.has_lora:
+                held = replace(held, packed=held.kernel.with_lora(held.packed, self.lora))
+            self.state = PackedState(held=held)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether an adapter adds something here."""
+        return any(adapter is not None for adapter in self.lora)
+
     def problem(self, row_dtype: torch.dtype, *, needs_grad: bool) -> ExpertsProblem:
         """What a kernel would be asked to run now."""
         if self.given is not None:
@@ -167,6 +199,7 @@ class PackedExperts(nn.Module):
             roundings=roundings,
             activations=None if self.given is None else self.given.activations,
             has_unlike_gate_up=is_unlike,
+            has_lora=self.has_lora,
         )
 
     def decide(self, problem: ExpertsProblem) -> KernelDecision:
@@ -205,7 +238,7 @@ class PackedExperts(nn.Module):
         self._check_capture(kernel, rows.device)
         if self._packs_outside(kernel):
             out: Tensor = torch.ops.mixtura.experts(
-                rows, batch.local_ids, batch.topk_weights, self.key, reduce
+                rows, batch.local_ids, batch.topk_weights, batch.adapter_ids, self.key, reduce
             )
             return out
         packed = self.pack(kernel)
@@ -241,6 +274,8 @@ class PackedExperts(nn.Module):
                 f"local_ids and topk_weights ({shapes[0]}, {shapes[1]}) must both be (rows, "
                 f"top_k); got {rows.shape[0]} rows. Give every row its ids and weights."
             )
+        if batch.adapter_ids is not None:
+            check_adapter_ids(batch.adapter_ids, rows, self.lora)
         has_one_dtype = problem.is_dense and self.row_dtype is None
         check_rows(rows, problem.device, problem.weight_dtype if has_one_dtype else None)
 
@@ -269,7 +304,7 @@ class PackedExperts(nn.Module):
         if torch.compiler.is_compiling():
             if held is not None and self._holds(kernel):
                 return held.packed
-            return kernel.pack(self.expert_weights, self.options.activation_dtype)
+            return self._packed_by(kernel)
         if held is not None and self._is_current(held, kernel):
             return held.packed
         with _PACKING:
@@ -328,7 +363,7 @@ class PackedExperts(nn.Module):
         is_recorded = self._is_recorded()
         # Parameters must not become tensors of inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(is_recorded):
-            packed = kernel.pack(self.expert_weights, self.options.activation_dtype)
+            packed = self._packed_by(kernel)
             # What autograd records belongs to one call; so does what a parametrization computes.
             if not is_recorded and self._is_kept():
                 frees = not self._shares_memory(kernel) and self._can_be_freed()
@@ -338,6 +373,10 @@ class PackedExperts(nn.Module):
                     kernel, packed, frees, self._fingerprint(), freed, spare_rows
                 )
         return packed
+
+    def _packed_by(self, kernel: ExpertsKernel) -> Any:
+        packed = kernel.pack(self.expert_weights, self.options.activation_dtype)
+        return kernel.with_lora(packed, self.lora) if self.lora and kernel.has_lora else packed
 
     def _is_recorded(self) -> bool:
         """Whether autograd records what is made of the stored tensors."""
@@ -437,6 +476,9 @@ class PackedExperts(nn.Module):
             # Packed values and their scales move, and are never converted.
             device = fn(torch.empty(0, device=self.given.device)).device
             self.given = self.given.mapped(lambda t: t.to(device))
+        if self.has_lora:
+            first = next(iter(adapter_tensors(self.lora).values()))
+            self.lora = moved(self.lora, fn(torch.empty(0, device=first.device)).device)
         self.state = PackedState()
         return self
 
@@ -460,15 +502,28 @@ class PackedExperts(nn.Module):
 
 @torch.library.custom_op("mixtura::experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _call_experts(
-    rows: Tensor, local_ids: Tensor, topk_weights: Tensor, key: Tensor, reduce: bool
+    rows: Tensor,
+    local_ids: Tensor,
+    topk_weights: Tensor,
+    adapter_ids: Tensor | None,
+    key: Tensor,
+    reduce: bool,
 ) -> Tensor:
     """A call in a compiled graph of experts whose kernel cannot pack there: as without a graph."""
     experts = _KEYS.find(key)
-    return experts.run_batch(ExpertBatch(rows, local_ids, topk_weights), reduce=reduce)
+    batch = ExpertBatch(rows, local_ids, topk_weights, adapter_ids=adapter_ids)
+    return experts.run_batch(batch, reduce=reduce)
 
 
 @_call_experts.register_fake
-def _(rows: Tensor, local_ids: Tensor, topk_weights: Tensor, key: Tensor, reduce: bool) -> Tensor:
+def _(
+    rows: Tensor,
+    local_ids: Tensor,
+    topk_weights: Tensor,
+    adapter_ids: Tensor | None,
+    key: Tensor,
+    reduce: bool,
+) -> Tensor:
     if reduce:
         return torch.empty_like(rows, memory_format=torch.contiguous_format)
     num_rows, top_k = local_ids.shape

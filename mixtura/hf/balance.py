@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -83,6 +84,15 @@ def spread_of(model: nn.Module, path: str) -> Spread | None:
     if isinstance(module, FusedMoE):
         return module.plan.spread
     return module.spread if isinstance(module, FamilyExperts) else None
+
+
+def current_spread(model: nn.Module, path: str) -> Spread | None:
+    """As `spread_of`, with the experts where they are now: balancing has moved them since."""
+    spread, balancer = spread_of(model, path), find_balancer(model)
+    if spread is None or balancer is None:
+        return spread
+    index = [id(layer) for layer in balancer.layers].index(id(model.get_submodule(path)))
+    return replace(spread, placement=balancer.placement.layer(index))
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:

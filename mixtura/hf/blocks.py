@@ -274,6 +274,7 @@ class FamilyMoE(FusedMoE):
             batch.local_ids,
             batch.topk_weights,
             order=batch.order,
+            adapter_ids=batch.adapter_ids,
             reduce=reduce,
         )
         return rows

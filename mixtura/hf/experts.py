@@ -25,7 +25,7 @@ from mixtura.layer import check_ids
 from mixtura.parallel.ranks import Spread
 from mixtura.parallel.shard import shard_weights
 from mixtura.plugin import NAME
-from mixtura.types import ExpertBatch, ExpertOrder, ExpertsProblem, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertOrder, ExpertsProblem, ExpertWeights, TokenInputs
 
 
 class AdoptedExperts(PackedExperts):
@@ -90,7 +90,9 @@ class FamilyExperts(AdoptedExperts):
         if dispatcher.needs_counts:
             num_rows = spread.ranks.clock.current(rows.shape[0]).num_tokens
         physical_ids = (self.eplb or spread).to_physical(batch.local_ids)
-        arrived = dispatcher.dispatch(rows, physical_ids, batch.topk_weights, num_rows).wait()
+        arrived = dispatcher.dispatch(
+            rows, physical_ids, batch.topk_weights, num_rows, batch.adapter_ids
+        ).wait()
         out = self.run_batch(arrived.batch, reduce=not dispatcher.wants_terms)
         return dispatcher.combine(out, arrived.handle).wait().tensor
 
@@ -126,11 +128,14 @@ class BlockExperts(AdoptedExperts):
         topk_weights: Tensor,
         *,
         order: ExpertOrder | None = None,
+        adapter_ids: Tensor | None = None,
         reduce: bool = True,
     ) -> Tensor:
         """(M,H), (M,K) with -1 for no expert, (M,K) -> (M,H), or the terms (M,K,H)."""
         with read_once(self):
-            batch = ExpertBatch(hidden_states, local_ids, topk_weights, order)
+            batch = ExpertBatch(
+                hidden_states, local_ids, topk_weights, order, adapter_ids=adapter_ids
+            )
             return self.run_batch(batch, reduce=reduce)
 
 
@@ -162,6 +167,11 @@ class ExpertsPlan:
 
     def sharded(self, spread: Spread) -> ExpertsPlan:
         """This rank's part of experts that it has all of."""
+        if isinstance(self.module, PackedExperts) and self.module.has_lora:
+            raise InputError(
+                f"experts with LoRA adapters ({len(self.module.lora)}) must not be spread over "
+                f"ranks; got adapters of all experts. Spread the model, then load them."
+            )
         weights = self.weights()
         spread = spread.to(weights.device)
         given = shard_weights(weights.mapped(Tensor.detach), spread)
@@ -186,6 +196,7 @@ class ExpertsPlan:
             roundings=weights.roundings(self.options.activation_dtype),
             activations=weights.activations,
             has_unlike_gate_up=weights.has_unlike_gate_up,
+            has_lora=isinstance(self.module, PackedExperts) and self.module.has_lora,
         )
 
     def decide(self, device: str | None = None) -> KernelDecision:
@@ -311,11 +322,32 @@ def experts_forward(
         check_ids(ids, num_experts)
     for observer in module.observers:
         observer(ids, top_k_weights)
+    adapter_ids = _asked_adapters(module, hidden_states.shape[0])
+    batch = ExpertBatch(hidden_states, ids, top_k_weights, adapter_ids=adapter_ids)
     with read_once(module):
         if spread is not None:
             assert isinstance(module, FamilyExperts), "experts over ranks run after convert"
-            return module.run_spread(spread, ExpertBatch(hidden_states, ids, top_k_weights))
-        return module.run_batch(ExpertBatch(hidden_states, ids, top_k_weights))
+            return module.run_spread(spread, batch)
+        return module.run_batch(batch)
+
+
+def _asked_adapters(module: PackedExperts, num_tokens: int) -> Tensor | None:
+    """(T,) the adapters of the tokens, where the module's sources bring some along.
+
+    Raises:
+        InputError: they bring what only a router could use, and the family's own has chosen.
+    """
+    tokens = TokenInputs()
+    for source in module.sources:
+        tokens = source(tokens, num_tokens)
+    if tokens.replayed_ids is not None:
+        raise InputError(
+            f"replayed_ids {tuple(tokens.replayed_ids.shape)} must be for a layer whose router is "
+            f"ours; got the experts {type(module).__name__}, for which the family's own has "
+            f"chosen. Convert the model, or replay none."
+        )
+    tokens.check(num_tokens)
+    return tokens.adapter_ids
 
 
 def read_once(module: nn.Module) -> AbstractContextManager[None]:

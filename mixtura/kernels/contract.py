@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
 from mixtura.quant.activations import ActivationScheme, activations_for
 from mixtura.quant.scheme import Code, QuantScheme
-from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import Adapters, ExpertBatch, ExpertsProblem, ExpertWeights
 
 STATIC_CODES = (Code.INT, Code.E4M3)
 """Codes that `round_activations` knows."""
@@ -38,6 +38,7 @@ class ExpertsKernel(ABC):
             runs where it is asked for by name, or where none of them can.
         activation_dtypes: the arithmetic with quantized weights that may be asked for.
         rounding_codes: codes that it rounds rows to with the stored scales of `ExpertWeights`.
+        has_lora: it adds what LoRA adapters add (`with_lora`).
     """
 
     name: ClassVar[str]
@@ -50,6 +51,7 @@ class ExpertsKernel(ABC):
     comes_first: ClassVar[bool] = False
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = ()
     rounding_codes: ClassVar[tuple[Code, ...]] = ()
+    has_lora: ClassVar[bool] = False
 
     def unsupported(self, problem: ExpertsProblem) -> str | None:
         """Why this kernel cannot run the problem, or None. Pure: needs no device and no weights."""
@@ -68,6 +70,8 @@ class ExpertsKernel(ABC):
                 return f"activations rounded to {scheme.code_words} have no gradient"
             if scheme.code not in self.rounding_codes:
                 return f"does not round activations to {scheme.code_words} with stored scales"
+        if problem.has_lora and not self.has_lora:
+            return "adds no LoRA adapters"
         return self.cannot_run(problem)
 
     def is_for(self, device: str) -> bool:
@@ -153,6 +157,16 @@ class ExpertsKernel(ABC):
         """
         return None
 
+    def with_lora(self, packed: Any, adapters: Adapters) -> Any:
+        """The packed weights with these adapters beside them instead of others.
+
+        Args:
+            packed: of `pack`, or of this.
+            adapters: by number, as `mixtura.experts.lora.kept` lays them out; their tensors are
+                read where they are, and those of `slots` hold them too.
+        """
+        raise AssertionError(f"{self.name} has no adapters")
+
     @abstractmethod
     def run(
         self,
@@ -165,7 +179,9 @@ class ExpertsKernel(ABC):
         """Run the experts.
 
         `out[m] = sum over k with id e = local_ids[m,k] >= 0 of weights[m,k] * expert_e(x[m])`,
-        added in fp32 in slot order; with WeightOn.INPUT, `expert_e(weights[m,k] * x[m])`.
+        added in fp32 in slot order; with WeightOn.INPUT, `expert_e(weights[m,k] * x[m])`. Where
+        `adapter_ids[m]` is the number of an adapter, gate, up and down of the row's experts give
+        `W x + B (A x)`, with x as it is before it is rounded for W.
 
         Returns:
             (M, H) in the rows' dtype; with `reduce=False` the terms (M, K, H) in fp32 (float64 for
@@ -209,6 +225,10 @@ class StoredWeightsKernel(ExpertsKernel):
     def slots(self, packed: Any) -> dict[str, Tensor]:
         assert isinstance(packed, ExpertWeights)
         return packed.slots()
+
+    def with_lora(self, packed: Any, adapters: Adapters) -> ExpertWeights:
+        assert isinstance(packed, ExpertWeights)
+        return replace(packed, lora=adapters)
 
 
 def in_words(

@@ -13,7 +13,7 @@ from mixtura.parallel.ranks import Spread
 from mixtura.quant.activations import StaticInputs
 from mixtura.quant.cuts import cut_columns, cut_rows, take_experts
 from mixtura.quant.matrix import QuantizedMatrix
-from mixtura.types import ExpertWeights
+from mixtura.types import ExpertWeights, LoraWeights, LowRank
 
 
 def shard_weights(weights: ExpertWeights, spread: Spread) -> ExpertWeights:
@@ -51,6 +51,40 @@ def shard_weights(weights: ExpertWeights, spread: Spread) -> ExpertWeights:
         down_inputs=inputs_of(weights.down_inputs),
     )
     return cut_weights(mine, spread.ranks.tp_rank, spread.ranks.config.tp_size)
+
+
+def shard_lora(adapter: LoraWeights, spread: Spread) -> LoraWeights:
+    """This rank's part of an adapter of all logical experts: its slots', its cut of each.
+
+    B of gate and up loses outputs and A of down inputs, so that the ranks' parts of a sum have what
+    the adapter adds once.
+
+    Args:
+        adapter: of the logical experts.
+        spread: which are this rank's now; with the placement in force where experts have moved.
+
+    Raises:
+        ConfigError: the adapter has another number of experts, or a rank has an empty slot.
+    """
+    experts, placement = local_experts(spread), spread.placement
+    part, parts = spread.ranks.tp_rank, spread.ranks.config.tp_size
+    for name, factors in adapter.parts().items():
+        if factors.num_experts != placement.num_experts:
+            raise ConfigError(
+                f"{name} of an adapter ({factors.num_experts} experts) must be of all experts to "
+                f"be shared by ranks; got {placement.num_experts} in the model. Give it whole."
+            )
+    mine = adapter.mapped(lambda t: t[torch.tensor(experts, device=t.device)])
+
+    def cut(factors: LowRank | None, *, is_down: bool = False) -> LowRank | None:
+        if factors is None or parts == 1:
+            return factors
+        a, b = factors.a, factors.b
+        width = (a.shape[2] if is_down else b.shape[1]) // parts
+        mine = slice(part * width, (part + 1) * width)
+        return LowRank(a[..., mine], b) if is_down else LowRank(a, b[:, mine])
+
+    return LoraWeights(cut(mine.gate), cut(mine.up), cut(mine.down, is_down=True))
 
 
 def local_experts(spread: Spread) -> list[int]:

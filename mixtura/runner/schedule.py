@@ -100,7 +100,7 @@ def one_batch(
     expert_input = layer.enter_experts(hidden_states)
     physical_ids = layer.place(routing.topk_ids)
     dispatched = layer.dispatcher.dispatch(
-        expert_input, physical_ids, routing.topk_weights, num_rows
+        expert_input, physical_ids, routing.topk_weights, num_rows, tokens.adapter_ids
     )
     yield None
     arrived = dispatched.wait()

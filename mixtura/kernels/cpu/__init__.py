@@ -23,6 +23,7 @@ from mixtura.kernels.contract import STATIC_CODES, ExpertsKernel, in_words
 from mixtura.kernels.cpu.arithmetic import Arithmetic, current_arithmetic, no_arithmetic
 from mixtura.kernels.cpu.conversions import conversion_of
 from mixtura.kernels.cpu.extension import current_path, extension, missing
+from mixtura.kernels.cpu.lora import CpuLora
 from mixtura.kernels.cpu.panels import (
     ROW_DTYPES,
     Panels,
@@ -32,10 +33,11 @@ from mixtura.kernels.cpu.panels import (
     unreadable,
 )
 from mixtura.kernels.keys import Keys
+from mixtura.kernels.lora import check_adapter_ids
 from mixtura.quant.activations import StaticInputs
 from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.scheme import Code
-from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import Adapters, ExpertBatch, ExpertsProblem, ExpertWeights
 
 _FUNCTIONS = {function: number for number, function in enumerate(ActivationFunction)}
 _LIMITS = {limit: number for number, limit in enumerate(LimitOn)}
@@ -55,6 +57,7 @@ class PackedLayer:
         template: the weights as they came, each matrix an expanded single element.
         handle: the `Layer` of csrc/types.h; it points into the tensors above.
         key: what compiled graphs call it.
+        lora: what adapters add.
     """
 
     gate_up: Panels
@@ -63,6 +66,7 @@ class PackedLayer:
     template: ExpertWeights
     handle: Any
     key: Tensor
+    lora: CpuLora
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +86,7 @@ class CpuKernel(ExpertsKernel):
         ActivationDtype.BF16,
     )
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
+    has_lora: ClassVar[bool] = True
 
     def packs_in_graphs(self, is_quantized: bool) -> bool:
         return False
@@ -148,7 +153,12 @@ class CpuKernel(ExpertsKernel):
         for role, matrix in (("gate_up", template.gate_up_proj), ("down", template.down_proj)):
             if matrix.permutation is not None:
                 found[f"{role}.stored_permutation"] = matrix.permutation
-        return found | template.slot_vectors()
+        return found | template.slot_vectors() | packed.lora.slots()
+
+    def with_lora(self, packed: Any, adapters: Adapters) -> PackedLayer:
+        assert isinstance(packed, PackedLayer)
+        lora = CpuLora.of(adapters, packed.gate_up.order)
+        return _named(dataclasses.replace(packed, lora=lora, key=_KEYS.new()))
 
     def run(
         self,
@@ -164,6 +174,7 @@ class CpuKernel(ExpertsKernel):
                 batch.hidden_states,
                 batch.local_ids,
                 batch.topk_weights,
+                batch.adapter_ids,
                 packed.key,
                 on_input,
                 reduce,
@@ -177,7 +188,7 @@ def run_packed(packed: PackedLayer, batch: ExpertBatch, on_input: bool, reduce: 
 
     Raises:
         InputError: rows, ids or weights of a dtype, device, shape or alignment that the kernels do
-            not take, or an id outside [-1, L).
+            not take, an id outside [-1, L), or an adapter's that is none's.
     """
     rows, ids, weights = batch.hidden_states, batch.local_ids, batch.topk_weights
     if not (
@@ -198,6 +209,12 @@ def run_packed(packed: PackedLayer, batch: ExpertBatch, on_input: bool, reduce: 
     row_address, id_address, weight_address = rows.data_ptr(), ids.data_ptr(), weights.data_ptr()
     if row_address % rows.itemsize or (id_address | weight_address) % 4:
         _refuse(packed, ExpertBatch(rows, ids, weights))
+    adapter_ids = batch.adapter_ids
+    if adapter_ids is not None:
+        fits = adapter_ids.shape == rows.shape[:1] and adapter_ids.is_cpu
+        if not fits or adapter_ids.dtype is not torch.int32:
+            check_adapter_ids(adapter_ids, rows, packed.lora.adapters)
+        adapter_ids = adapter_ids.contiguous()
     num_tokens, top_k = ids.shape
     if reduce:
         out = torch.empty_like(rows)
@@ -214,9 +231,13 @@ def run_packed(packed: PackedLayer, batch: ExpertBatch, on_input: bool, reduce: 
         top_k,
         on_input,
         reduce,
+        0 if adapter_ids is None else adapter_ids.data_ptr(),
+        packed.lora.handle,
         torch.get_num_threads(),
     )
     if not is_done:
+        if adapter_ids is not None:
+            check_adapter_ids(adapter_ids, rows, packed.lora.adapters)
         raise InputError(
             f"local_ids ({int(ids.min())} to {int(ids.max())}) must be in [-1, "
             f"{packed.template.config.num_experts}); got another. Check the router or the ids."
@@ -252,15 +273,27 @@ def _refuse(packed: PackedLayer, batch: ExpertBatch) -> NoReturn:
 
 @torch.library.custom_op("mixtura::cpu_experts", mutates_args=())
 def _cpu_experts(
-    rows: Tensor, ids: Tensor, weights: Tensor, key: Tensor, on_input: bool, reduce: bool
+    rows: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    adapter_ids: Tensor | None,
+    key: Tensor,
+    on_input: bool,
+    reduce: bool,
 ) -> Tensor:
-    packed = _KEYS.find(key)
-    return run_packed(packed, ExpertBatch(rows, ids, weights), on_input, reduce)
+    batch = ExpertBatch(rows, ids, weights, adapter_ids=adapter_ids)
+    return run_packed(_KEYS.find(key), batch, on_input, reduce)
 
 
 @_cpu_experts.register_fake
 def _(
-    rows: Tensor, ids: Tensor, weights: Tensor, key: Tensor, on_input: bool, reduce: bool
+    rows: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    adapter_ids: Tensor | None,
+    key: Tensor,
+    on_input: bool,
+    reduce: bool,
 ) -> Tensor:
     if reduce:
         return torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -333,9 +366,12 @@ def pack_layer(
         config.num_experts,
     )
     template = weights.mapped(_kept_whole_if_small)
-    key = _KEYS.new()
-    packed = PackedLayer(gate_up, down, post_norm, template, handle, key)
-    _KEYS.name(key, packed)
+    lora = CpuLora.of(())
+    return _named(PackedLayer(gate_up, down, post_norm, template, handle, _KEYS.new(), lora))
+
+
+def _named(packed: PackedLayer) -> PackedLayer:
+    _KEYS.name(packed.key, packed)
     return packed
 
 

@@ -16,12 +16,15 @@ from mixtura.kernels.reference.norm import post_norm
 from mixtura.quant.activations import StaticInputs
 from mixtura.quant.matrix import QuantizedMatrix, dequantize
 from mixtura.quant.scheme import Code
-from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights, LoraWeights, LowRank
 
 
-def run_expert(weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
-    """One expert on one row, in the row's dtype: fp32 or float64. (H,) -> (H,)."""
+def run_expert(
+    weights: ExpertWeights, expert: int, row: Tensor, lora: LoraWeights | None = None
+) -> Tensor:
+    """One expert with an adapter, on one row in its dtype: fp32 or float64. (H,) -> (H,)."""
     config = weights.config
+    adapter = lora or LoraWeights()
 
     def project(stack: QuantizedMatrix, bias: Tensor | None, x: Tensor) -> Tensor:
         y = matrix_vector(dequantize(stack.expert(expert), row.dtype), x)
@@ -31,16 +34,25 @@ def run_expert(weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
         scales = None if inputs is None else inputs.scales[expert]
         return round_inputs(x, inputs, scales, weights.activations, stacks)
 
-    row = rounded(row, weights.gate_up_inputs, weights.gate_up_proj, weights.up_proj)
-    gate, up = split_gate_up(
-        project(weights.gate_up_proj, weights.gate_up_bias, row), config.gate_up
-    )
+    def add(y: Tensor, part: LowRank | None, x: Tensor) -> Tensor:
+        if part is None:
+            return y
+        shrunk = matrix_vector(part.a[expert].to(x.dtype), x)
+        return y + matrix_vector(part.b[expert].to(x.dtype), shrunk)
+
+    x = rounded(row, weights.gate_up_inputs, weights.gate_up_proj, weights.up_proj)
+    first = project(weights.gate_up_proj, weights.gate_up_bias, x)
+    gate, up = split_gate_up(first, config.gate_up)
     if config.gate_up is GateUp.SEPARATE:
         assert weights.up_proj is not None
-        up = project(weights.up_proj, None, row)
+        up = project(weights.up_proj, None, x)
+    if up is None:
+        gate = add(gate, adapter.up, row)
+    else:
+        gate, up = add(gate, adapter.gate, row), add(up, adapter.up, row)
     hidden = activate(gate, up, config.activation)
-    hidden = rounded(hidden, weights.down_inputs, weights.down_proj)
-    out = project(weights.down_proj, weights.down_bias, hidden)
+    x = rounded(hidden, weights.down_inputs, weights.down_proj)
+    out = add(project(weights.down_proj, weights.down_bias, x), adapter.down, hidden)
     if config.post_norm is not None:
         assert weights.post_norm is not None
         out = post_norm(out, weights.post_norm, config.post_norm, config.post_norm_epsilon)
@@ -58,6 +70,7 @@ class ReferenceKernel(StoredWeightsKernel):
     is_row_invariant: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = tuple(ActivationDtype)
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
+    has_lora: ClassVar[bool] = True
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         if problem.needs_grad and not problem.is_dense:
@@ -76,17 +89,20 @@ class ReferenceKernel(StoredWeightsKernel):
         num_rows, top_k = batch.local_ids.shape
         rows = batch.hidden_states.to(sum_dtype(batch.hidden_states.dtype))
         zero = rows.new_zeros(rows.shape[1])
+        adapter_ids = [-1] * num_rows if batch.adapter_ids is None else batch.adapter_ids.tolist()
         terms = []  # M * K rows of (H,)
         for row, expert_ids in enumerate(batch.local_ids.tolist()):
+            number = adapter_ids[row]
+            lora = packed.lora[number] if number >= 0 else None
             for slot, expert in enumerate(expert_ids):
                 if expert < 0:
                     terms.append(zero)
                     continue
                 weight = batch.topk_weights[row, slot].to(rows.dtype)
                 if weight_on is WeightOn.INPUT:
-                    terms.append(run_expert(packed, expert, rows[row] * weight))
+                    terms.append(run_expert(packed, expert, rows[row] * weight, lora))
                 else:
-                    terms.append(run_expert(packed, expert, rows[row]) * weight)
+                    terms.append(run_expert(packed, expert, rows[row], lora) * weight)
         if terms:
             stacked = torch.stack(terms).view(num_rows, top_k, -1)
         else:

@@ -27,6 +27,7 @@ class TorchKernel(StoredWeightsKernel):
     has_backward: ClassVar[bool] = True
     activation_dtypes: ClassVar[tuple[ActivationDtype, ...]] = tuple(ActivationDtype)
     rounding_codes: ClassVar[tuple[Code, ...]] = STATIC_CODES
+    has_lora: ClassVar[bool] = True
 
     def cannot_run(self, problem: ExpertsProblem) -> str | None:
         if problem.row_dtype not in FLOAT_DTYPES:

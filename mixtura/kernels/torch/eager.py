@@ -13,6 +13,7 @@ from mixtura.config import WeightOn
 from mixtura.kernels.contract import sum_dtype
 from mixtura.kernels.torch.by_expert import is_lone_row_slow, linear_by_expert
 from mixtura.kernels.torch.experts import run_experts
+from mixtura.kernels.torch.lora import eager_rows, is_adapted
 from mixtura.types import ExpertBatch, ExpertWeights
 
 ROWS_PER_PASS = 2048
@@ -34,6 +35,7 @@ def run_eager(
         sort_order = sort_order.repeat_interleave(is_lone + 1)
         tokens_per_expert = [2 if count == 1 else count for count in tokens_per_expert]
 
+    adapted = is_adapted(weights, batch)
     token_of_row, num_sorted = sort_order // ids.shape[1], sort_order.numel()
     out = rows.new_empty(num_sorted + 1, rows.shape[1], dtype=slot_weights.dtype)
     for first_expert, tokens, start, stop in _passes(tokens_per_expert):
@@ -42,7 +44,11 @@ def run_eager(
             x = (x * slot_weights.view(-1, 1)[sort_order[start:stop]]).to(rows.dtype)
         linear = partial(linear_by_expert, first_expert=first_expert, tokens_per_expert=tokens)
         per_row = partial(_per_row, first_expert=first_expert, tokens_per_expert=tokens)
-        out[start:stop] = run_experts(weights, x, linear, per_row)
+        lora = None
+        if adapted:
+            expert_of_row = flat[sort_order[start:stop]]
+            lora = eager_rows(weights, batch, token_of_row[start:stop], expert_of_row)
+        out[start:stop] = run_experts(weights, x, linear, per_row, lora)
 
     row_of_slot = sort_order.new_full((flat.numel(),), num_sorted)
     row_of_slot.scatter_(0, sort_order, torch.arange(num_sorted, device=rows.device))

@@ -17,7 +17,7 @@ from mixtura.quant.matrix import QuantizedMatrix, dequantize
 
 
 def grouped_linear(rows: Tensor, weight: QuantizedMatrix, expert_offsets: Tensor) -> Tensor:
-    """`rows[r] @ W[e].T` for the rows r of expert e; rows behind the last expert's are 0.
+    """`rows[r] @ W[e].T` for the rows r of expert e; rows of no expert are 0.
 
     Args:
         rows: (N, in) sorted by expert. weight: (L, out, in). expert_offsets: (L+1,).
@@ -37,11 +37,11 @@ def _slices(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, stop) for e, (start, stop) in enumerate(bounds) if stop > start]
 
 
-def _linear(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
-    """(N, in), (L, out, in), (L+1,) -> (N, out)."""
+def linear_in_slices(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """`grouped_linear` of a dense stack where nothing is recorded: no other expert is converted."""
     out = rows.new_zeros(rows.shape[0], weight.shape[1])
     for expert, start, stop in _slices(expert_offsets):
-        out[start:stop] = F.linear(rows[start:stop], weight[expert])
+        out[start:stop] = F.linear(rows[start:stop], weight[expert].to(rows.dtype))
     return out
 
 
@@ -57,13 +57,13 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight, expert_offsets)
-        return _linear(rows, weight, expert_offsets)
+        return linear_in_slices(rows, weight, expert_offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight, offsets = ctx.saved_tensors
         needs_rows, needs_weight, _ = ctx.needs_input_grad
-        grad_rows = _linear(grad, weight.transpose(1, 2), offsets) if needs_rows else None
+        grad_rows = linear_in_slices(grad, weight.transpose(1, 2), offsets) if needs_rows else None
         grad_weight = _outer(grad, rows, offsets) if needs_weight else None
         return grad_rows, grad_weight, None
 
@@ -72,7 +72,7 @@ _IN_NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 """What tells the compiler's CUDA graphs to leave an operator out: ours wait for the host."""
 
 _linear_operator = torch.library.custom_op(
-    "mixtura::grouped_linear", _linear, mutates_args=(), tags=_IN_NO_CUDA_GRAPH
+    "mixtura::grouped_linear", linear_in_slices, mutates_args=(), tags=_IN_NO_CUDA_GRAPH
 )
 _outer_operator = torch.library.custom_op(
     "mixtura::grouped_outer", _outer, mutates_args=(), tags=_IN_NO_CUDA_GRAPH

@@ -12,6 +12,7 @@ from torch import Tensor
 from mixtura.config import WeightOn
 from mixtura.kernels.contract import sum_dtype
 from mixtura.kernels.torch.experts import run_experts
+from mixtura.kernels.torch.lora import AdaptedRows, linear_in_graphs
 from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.types import ExpertBatch, ExpertWeights
 
@@ -82,7 +83,12 @@ def run_sorted(
         out = product(x, weight)
         return out if bias is None else out + bias.to(x.dtype)[slots.expert_of_row]
 
-    out = run_experts(weights, x, linear, lambda scales: scales[slots.expert_of_row])
+    lora = None
+    if weights.lora and batch.adapter_ids is not None:
+        adapter_of_row = batch.adapter_ids[slots.slot_of_row // top_k]
+        adapter_of_row = torch.where(slots.has_expert.squeeze(1), adapter_of_row, -1)
+        lora = AdaptedRows.of(weights, adapter_of_row, slots.expert_of_row, linear_in_graphs)
+    out = run_experts(weights, x, linear, lambda scales: scales[slots.expert_of_row], lora)
     out = out[slots.row_of_slot].to(dtype)
     if weight_on is WeightOn.OUTPUT:
         out = out * slot_weights
