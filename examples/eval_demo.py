@@ -54,14 +54,21 @@ class Report:
         }
 
 
-def measure(directory: Path, *, limit: int | None, window: int, experts: str) -> Report:
-    """Load a model in fp32 and measure it on the first `limit` held-out files, or on all."""
+def measure(
+    directory: Path, *, limit: int | None, window: int, experts: str, lora: Path | None = None
+) -> Report:
+    """Load a model in fp32 and measure it on the first `limit` held-out files, or on all.
+
+    With `lora`, that adapter of PEFT is beside its weights, and mixtura runs the experts.
+    """
     files = demo_corpus.load().held_out[:limit]
     texts = [file.text for file in files]
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, experts_implementation=experts
     )
+    if lora is not None:
+        mixtura.load_adapter(mixtura.convert(model), lora)
     began = time.perf_counter()
     result = evaluate(model, tokenizer, texts, window)
     relative = expert_shares(model, tokenizer, texts, window) * model.config.num_experts
@@ -101,6 +108,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first files")
     parser.add_argument("--window", type=int, default=1024, help="tokens of one window")
     parser.add_argument("--experts", default="mixtura", help="Transformers' experts_implementation")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="with this adapter of PEFT")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice otherwise")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
@@ -111,6 +119,7 @@ def main() -> None:
         limit=arguments.limit,
         window=arguments.window,
         experts=arguments.experts,
+        lora=arguments.lora,
     )
     if arguments.json:
         print(json.dumps({**asdict(report), "verdicts": report.verdicts}))

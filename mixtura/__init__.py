@@ -32,11 +32,15 @@ from mixtura.plugin import offer
 
 if TYPE_CHECKING:
     from mixtura.hf import (
+        adapter_names,
         capture_routing,
         convert,
         from_pretrained,
+        load_adapter,
         packed_config,
         replay_routing,
+        select_adapters,
+        unload_adapter,
     )
     from mixtura.layer import FusedMoE, is_moe_layer
     from mixtura.routing import create_router
@@ -62,13 +66,17 @@ __all__ = [
     "SharedExpertsOrder",
     "TokenInputs",
     "TokensHeld",
+    "adapter_names",
     "capture_routing",
     "convert",
     "create_router",
     "from_pretrained",
     "is_moe_layer",
+    "load_adapter",
     "packed_config",
     "replay_routing",
+    "select_adapters",
+    "unload_adapter",
 ]
 
 _LATE = {
@@ -76,12 +84,16 @@ _LATE = {
     "Routing": "mixtura.types",
     "TokenInputs": "mixtura.types",
     "capture_routing": "mixtura.hf",
+    "adapter_names": "mixtura.hf",
     "convert": "mixtura.hf",
     "create_router": "mixtura.routing",
     "from_pretrained": "mixtura.hf",
     "is_moe_layer": "mixtura.layer",
+    "load_adapter": "mixtura.hf",
     "packed_config": "mixtura.hf",
     "replay_routing": "mixtura.hf",
+    "select_adapters": "mixtura.hf",
+    "unload_adapter": "mixtura.hf",
 }
 """Names whose modules need torch, imported when first asked for."""
 

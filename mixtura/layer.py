@@ -251,7 +251,7 @@ class FusedMoE(nn.Module):
 
     def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:
         """Start the shared experts on (T,H) rows."""
-        gate = self.shared_expert_gate.weight if self._has_shared_gate else None
+        gate = self.shared_expert_gate if self._has_shared_gate else None
         return self.shared_experts.start(hidden_states, gate, order, self.dispatcher.part)
 
     @property

@@ -160,7 +160,8 @@ def test_row_by_row_is_the_same_and_bitwise_independent_of_the_batch(shared):
     module = SharedExperts(shared, 8, is_row_invariant=True)
     plain = SharedExperts(shared, 8)
     plain.load_state_dict(module.state_dict())
-    rows, gate = rows_of(7), torch.randn(1, 8) if shared.has_sigmoid_gate else None
+    rows = rows_of(7)
+    gate = nn.Linear(8, 1, bias=False) if shared.has_sigmoid_gate else None
     with torch.no_grad():
         whole = module(rows, gate)
         assert_close(whole, plain(rows, gate), torch.float32)
@@ -178,9 +179,9 @@ def test_row_by_row_has_gradients():
     for is_row_invariant in (False, True):
         torch.manual_seed(0)
         module = SharedExperts(shared, 8, is_row_invariant=is_row_invariant)
-        gate = torch.linspace(-1, 1, 8).view(1, 8).requires_grad_()
+        gate = nn.Linear(8, 1, bias=False)
         module(rows_of(3), gate).square().sum().backward()
-        gradients.append([p.grad for p in (*module.parameters(), gate)])
+        gradients.append([p.grad for p in (*module.parameters(), *gate.parameters())])
     for plain, by_row in zip(*gradients, strict=True):
         assert_close(by_row, plain, torch.float32)
 

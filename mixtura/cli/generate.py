@@ -13,7 +13,16 @@ import typer
 
 from mixtura.cli.inspect import check_target
 from mixtura.cli.loading import DtypeName, LoadOptions, load, quiet
-from mixtura.cli.options import Debug, Deterministic, Device, Kernel, Linears, Model, Weights
+from mixtura.cli.options import (
+    Debug,
+    Deterministic,
+    Device,
+    Kernel,
+    Linears,
+    Lora,
+    Model,
+    Weights,
+)
 from mixtura.cli.ranks import (
     Balance,
     CutRanks,
@@ -53,6 +62,7 @@ def generate(
     ] = DtypeName.AUTO,
     weights: Weights = None,
     linears: Linears = None,
+    lora: Lora = None,
     kernel: Kernel = None,
     strict: Annotated[
         bool,
@@ -144,6 +154,7 @@ def generate(
                 deterministic=deterministic,
                 debug=debug,
                 ranks=ranks,
+                lora=lora,
             ),
             text,
             options,
@@ -237,7 +248,7 @@ def print_summary(
     result: Generation, model: PreTrainedModel, kernels: dict[str, int], options: LoadOptions
 ) -> None:
     """Print the figures, one to a line; `options` are those that the model was loaded with."""
-    from mixtura.hf import moe_layers
+    from mixtura.hf import adapter_names, moe_layers
 
     layers = moe_layers(model)
     num_ours = sum(layer.kind != "none" for layer in layers)
@@ -258,6 +269,9 @@ def print_summary(
     formats = words_of_formats(options.weights, options.linears)
     if formats is not None:
         rows["weights"] = formats
+    adapters = adapter_names(model)
+    if adapters:
+        rows["adapter"] = f"{', '.join(adapters)}, beside the weights"
     if options.ranks is not None:
         rows["ranks"] = words_of_ranks(options.ranks, model)
         balance = words_of_balance(model)

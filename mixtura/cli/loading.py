@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixtura.cli.options import model_or_demo
@@ -51,6 +52,7 @@ class LoadOptions:
     deterministic: bool = False
     debug: bool = False
     ranks: ExpertParallel | None = None
+    lora: str | None = None
 
 
 def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -60,7 +62,7 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         MixturaError: see `mixtura.from_pretrained`.
     """
     with quiet(options.debug):
-        from mixtura.hf import convert
+        from mixtura.hf import convert, load_adapter
         from mixtura.hf.load import (
             load_config,
             load_spread,
@@ -92,7 +94,23 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             deterministic=options.deterministic,
             debug=options.debug,
         )
+        if options.lora is not None:
+            load_adapter(model, *adapter_argument(options.lora))
         return model, tokenizer
+
+
+def adapter_argument(text: str) -> tuple[str, str | None]:
+    """What `--lora` says: a directory, and what the adapter is to be called.
+
+    A directory whose own name has "=" is meant as it is.
+
+    >>> adapter_argument("adapters/sql=mine")
+    ('adapters/sql', 'mine')
+    """
+    if Path(text).expanduser().is_dir():
+        return text, None
+    directory, _, name = text.rpartition("=")
+    return (directory, name) if directory else (text, None)
 
 
 @contextmanager

@@ -40,6 +40,13 @@ Linears = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Same row, whatever else is in the batch.")
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        help="Load a LoRA adapter of PEFT beside the weights, from this directory; =NAME names it.",
+        metavar="DIR[=NAME]",
+    ),
+]
 Debug = Annotated[
     bool,
     typer.Option(

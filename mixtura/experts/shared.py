@@ -13,7 +13,6 @@ from mixtura.cuda import is_capturing
 from mixtura.experts.row_activation import by_row
 from mixtura.experts.row_linear import RowLinear
 from mixtura.kernels.reference.activation import activate
-from mixtura.kernels.row_linear import row_invariant_linear
 from mixtura.types import even_bounds
 
 
@@ -114,20 +113,18 @@ class SharedExperts(nn.Module):
         self.up_proj = linear(hidden_size, width, config.has_bias)
         self.down_proj = linear(width, hidden_size, config.has_bias)
 
-    def forward(self, hidden_states: Tensor, gate_weight: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, gate: nn.Linear | None = None) -> Tensor:
         """Run on (T,H) rows -> (T,H).
 
-        `gate_weight` (1,H) is the sigmoid gate's, which the layer owns.
+        `gate` is the linear map (1,H) of the sigmoid gate, which the layer owns.
         """
         up = self.up_proj(hidden_states)
-        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
-        out: Tensor = self.down_proj(self._activate(gate, up))
-        if gate_weight is None:
+        first = None if self.gate_proj is None else self.gate_proj(hidden_states)
+        out: Tensor = self.down_proj(self._activate(first, up))
+        if gate is None:
             return out
-        if not self.is_row_invariant:
-            return F.linear(hidden_states, gate_weight).sigmoid() * out
-        shares = row_invariant_linear(hidden_states, gate_weight)
-        return by_row(torch.sigmoid, shares) * out
+        shares = gate(hidden_states)
+        return (by_row(torch.sigmoid, shares) if self.is_row_invariant else shares.sigmoid()) * out
 
     def _activate(self, gate: Tensor | None, up: Tensor) -> Tensor:
         """(T,I) -> (T,I); `gate` is None in ungated experts."""
@@ -150,7 +147,7 @@ class SharedExperts(nn.Module):
         )
 
     def run_part(
-        self, hidden_states: Tensor, gate_weight: Tensor | None, part: int, parts: int
+        self, hidden_states: Tensor, gate: nn.Linear | None, part: int, parts: int
     ) -> Tensor:
         """What one of `parts` cuts of the width adds to the output: (T,H) -> (T,H)."""
         bounds = even_bounds(self.shared_config.intermediate_size, parts)
@@ -160,16 +157,16 @@ class SharedExperts(nn.Module):
             bias = None if linear.bias is None else linear.bias[cut]
             return F.linear(hidden_states, linear.weight[cut], bias)
 
-        gate = None if self.gate_proj is None else cut_rows(self.gate_proj)
-        hidden = self._activate(gate, cut_rows(self.up_proj))
+        first = None if self.gate_proj is None else cut_rows(self.gate_proj)
+        hidden = self._activate(first, cut_rows(self.up_proj))
         bias = self.down_proj.bias if part == 0 else None
         out = F.linear(hidden, self.down_proj.weight[:, cut], bias)
-        return out if gate_weight is None else F.linear(hidden_states, gate_weight).sigmoid() * out
+        return out if gate is None else gate(hidden_states).sigmoid() * out
 
     def start(
         self,
         hidden_states: Tensor,
-        gate_weight: Tensor | None,
+        gate: nn.Linear | None,
         order: SharedExpertsOrder,
         part: tuple[int, int] | None = None,
     ) -> SharedTask:
@@ -179,14 +176,14 @@ class SharedExperts(nn.Module):
         """
         if order is SharedExpertsOrder.SUMMED:
             assert part is not None
-            return SharedTask(self.run_part(hidden_states, gate_weight, *part))
+            return SharedTask(self.run_part(hidden_states, gate, *part))
         if order is not SharedExpertsOrder.MULTI_STREAM_OVERLAPPED:
-            return SharedTask(self(hidden_states, gate_weight))
+            return SharedTask(self(hidden_states, gate))
         current = torch.cuda.current_stream(hidden_states.device)
         stream = _auxiliary_stream(current)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            output = self(hidden_states, gate_weight)
+            output = self(hidden_states, gate)
         return SharedTask(output, stream, hidden_states)
 
 

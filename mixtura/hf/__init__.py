@@ -1,4 +1,4 @@
-"""The Transformers plug: `convert`, `from_pretrained`, and the experts function named "mixtura"."""
+"""The Transformers plug: conversion, loading, adapters, and the experts function "mixtura"."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ if is_supported(transformers_version()):
     from mixtura.hf.convert import convert, is_converted, moe_layers
     from mixtura.hf.experts import experts_forward
     from mixtura.hf.load import from_pretrained, load_config
+    from mixtura.hf.lora.adapters import (
+        adapter_names,
+        load_adapter,
+        select_adapters,
+        unload_adapter,
+    )
     from mixtura.hf.packed_config import packed_config
     from mixtura.hf.replay import replay_routing
 
@@ -24,14 +30,19 @@ else:
 
     convert = from_pretrained = is_converted = load_config = moe_layers = _unavailable
     capture_routing = packed_config = replay_routing = _unavailable
+    adapter_names = load_adapter = select_adapters = unload_adapter = _unavailable
 
 __all__ = [
+    "adapter_names",
     "capture_routing",
     "convert",
     "from_pretrained",
     "is_converted",
+    "load_adapter",
     "load_config",
     "moe_layers",
     "packed_config",
     "replay_routing",
+    "select_adapters",
+    "unload_adapter",
 ]

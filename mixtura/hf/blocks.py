@@ -255,9 +255,9 @@ class FamilyMoE(FusedMoE):
         return self.finish_routing(choice, tokens, gate.router_tensors(bias))
 
     def start_shared(self, hidden_states: Tensor, order: SharedExpertsOrder) -> SharedTask:
-        shared, gate = self.shared_module, self.spec.shared_gate
-        weight = getattr(self, gate).weight if gate is not None else None
-        return shared.start(hidden_states, weight, order, self.dispatcher.part)
+        path = self.spec.shared_gate
+        gate = getattr(self, path) if path is not None else None
+        return self.shared_module.start(hidden_states, gate, order, self.dispatcher.part)
 
     @property
     def shared_module(self) -> SharedExperts:

@@ -28,6 +28,7 @@ from mixtura.hf.blocks import (
 from mixtura.hf.determinism import check_deterministic, set_row_modules
 from mixtura.hf.experts import ExpertsPlan, FamilyExperts
 from mixtura.hf.linears import set_activation_dtype
+from mixtura.hf.lora.selection import check_no_adapters
 from mixtura.hf.parallel import (
     Running,
     RunOptions,
@@ -118,9 +119,11 @@ def convert(
         ConfigError: an argument is none of its choices, or config.json asks for the impossible.
         UnsupportedModel: there is no MoE layer; with `strict`, one that is not ours; with
             `deterministic`, one whose rows may depend on the batch.
+        InputError: adapters are loaded.
         NoKernelFits: none can run the experts, or not the one insisted on.
         ParallelError: ranks differ in what they would run; the message names the value.
     """
+    check_no_adapters(model)
     if kernel is not None:
         get_kernel(kernel)
     run = RunOptions(**running)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from mixtura.config import ParallelConfig, RunnerConfig, TokensHeld
 from mixtura.errors import ConfigError, ParallelError
 from mixtura.hf.experts import AdoptedExperts, ExpertsPlan
+from mixtura.hf.lora.selection import find_selection
 from mixtura.kernels import KernelDecision
 from mixtura.parallel import (
     ExpertParallel,
@@ -292,9 +293,11 @@ def finish_requests(model: PreTrainedModel) -> int:
     balancer = getattr(base, BALANCER, None)
     if balancer is not None:
         balancer.ledger.record(False)  # these are nobody's tokens
+    selection = find_selection(model)
     count = 0
-    while not _run_along(base, token, ranks.clock.step(1, is_done=True)):
-        count += 1
+    with nullcontext() if selection is None else selection.without():
+        while not _run_along(base, token, ranks.clock.step(1, is_done=True)):
+            count += 1
     if balancer is not None:
         balancer.ledger.record(balancer.is_on)
     return count

@@ -121,26 +121,37 @@ class GatePlan:
         if self.debug:
             self.router.check_tokens(tokens, tensors)
         is_native = self.precision is GatePrecision.NATIVE
-        native = self.router.config.native
         kernel, learned = self.router.kernel, (tensors.selection_bias, tensors.per_expert_scale)
         # A native gate is the family's to the bit, the order of its sums included.
         if not is_native and kernel and kernel.takes_rows(hidden_states, weight, bias, *learned):
             given = self.router.given_ids(tokens, tensors)
             choice = Choice(*kernel.choose(hidden_states, weight, bias, *learned, given))
             self._refuse_nan(choice.logits)
-        else:
-            logits = gate_logits(
-                hidden_states,
-                weight,
-                bias,
-                is_fp32=not is_native or native.fp32_logits,
-                is_row_invariant=self.deterministic,
-            )
-            self._refuse_nan(logits)
-            scored = logits if is_native and not native.fp32_scores else logits.float()
-            choice = Choice(logits, *self.router.choose(scored, tokens, tensors))
+            return choice
+        logits = self.logits(hidden_states, weight, bias)
+        return self.choose_from(logits, hidden_states.dtype, tensors, tokens)
+
+    def logits(self, hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(T,H) -> (T, num_logits), fp32 or as the family computes them."""
+        return gate_logits(
+            hidden_states,
+            weight,
+            bias,
+            is_fp32=self.precision is not GatePrecision.NATIVE
+            or self.router.config.native.fp32_logits,
+            is_row_invariant=self.deterministic,
+        )
+
+    def choose_from(
+        self, logits: Tensor, row_dtype: torch.dtype, tensors: RouterTensors, tokens: TokenInputs
+    ) -> Choice:
+        """Choose K experts for each row of (T, num_logits) logits, made of rows of a dtype."""
+        is_native, native = self.precision is GatePrecision.NATIVE, self.router.config.native
+        self._refuse_nan(logits)
+        scored = logits if is_native and not native.fp32_scores else logits.float()
+        choice = Choice(logits, *self.router.choose(scored, tokens, tensors))
         if is_native and not native.fp32_weights:
-            choice = choice._replace(weights=choice.weights.to(hidden_states.dtype), routing=None)
+            choice = choice._replace(weights=choice.weights.to(row_dtype), routing=None)
         return choice
 
     def _refuse_nan(self, logits: Tensor) -> None:
