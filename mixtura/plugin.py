@@ -1,7 +1,8 @@
 """Meets Transformers: the versions we speak to, and what we offer it, without importing it.
 
 After `import mixtura`, `from_pretrained(path, experts_implementation="mixtura")` of Transformers
-finds our experts, and `DistributedConfig(ep_implementation="mixtura")` our expert parallelism.
+finds our experts, `DistributedConfig(ep_implementation="mixtura")` our expert parallelism, and the
+auto classes the families that Transformers does not ship.
 Registering them needs Transformers, and importing that takes seconds, which `mixtura --help` and a
 program that only wants `mixtura.config` would pay for nothing. So `offer` registers at once what
 Transformers already has a table for, and otherwise waits for its import of the table's module. A
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -34,6 +35,20 @@ EXPERTS_MODULE = "transformers.integrations.moe"
 
 PARALLEL_MODULE = "transformers.distributed.expert_parallel"
 """The module that holds the table of implementations of expert parallelism."""
+
+CONFIGS_MODULE = "transformers.models.auto.configuration_auto"
+"""The module that holds the table of configurations by model type."""
+
+LONGCAT_MODULE = "transformers.models.longcat_flash.modeling_longcat_flash"
+"""The model whose checkpoints Transformers loads only with weights for experts that have none."""
+
+FAMILIES = {
+    "param2moe": "Param2MoEConfig",
+    "sarvam_mla": "SarvamMLAConfig",
+    "sarvam_moe": "SarvamMoEConfig",
+    "step3p5": "Step3p5Config",
+}
+"""Configurations of families that we bring, by model type; they are in `mixtura.hf.families`."""
 
 
 def transformers_version() -> str | None:
@@ -95,11 +110,39 @@ def _expert_parallel(*args: Any, **kwargs: Any) -> Any:
     return MixturaEP(*args, **kwargs)
 
 
+class _LateClass(type):
+    """Stands for a class of `mixtura.hf.families`, which is imported when this one is used."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_family_class(cls.__name__), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _family_class(cls.__name__)(*args, **kwargs)
+
+
+def _family_class(name: str) -> Any:
+    return getattr(import_module("mixtura.hf.families"), name)
+
+
+def _register_configs(module: ModuleType) -> None:
+    for model_type, name in FAMILIES.items():
+        late = _LateClass(name, (), {"__module__": "mixtura.hf.families"})
+        module.AutoConfig.register(model_type, late, exist_ok=True)
+
+
+def _register_conversions(module: ModuleType) -> None:
+    import_module("mixtura.hf.families")  # registers them
+
+
 _REGISTER: dict[str, Callable[[ModuleType], None]] = {
     EXPERTS_MODULE: lambda module: module.ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward),
     PARALLEL_MODULE: lambda module: module.EPImplementationInterface.register(
         NAME, _expert_parallel
     ),
+    CONFIGS_MODULE: _register_configs,
+    LONGCAT_MODULE: _register_conversions,
 }
 """What is registered once a module is there."""
 

@@ -14,11 +14,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tables are those of no GPU in particular
 
 import torch  # noqa: E402
-from families import FamilySource, discover  # noqa: E402
+from families import OUTSIDE, FamilySource, discover, tiny_model  # noqa: E402
 from packed_files import format_like, golden_index  # noqa: E402
 
 from mixtura.config import ExpertsConfig, RoutingConfig  # noqa: E402
-from mixtura.hf.blocks import BLOCKS  # noqa: E402
+from mixtura.hf.blocks import BLOCKS, block_spec  # noqa: E402
 from mixtura.hf.convert import NOT_TAKEN_OVER  # noqa: E402
 from mixtura.kernels import get_kernel, kernel_names  # noqa: E402
 from mixtura.kernels.cpu.conversions import conversion_of  # noqa: E402
@@ -50,6 +50,43 @@ family's routing. All that are taken over give the family's own eager output wit
 | family | taken over | rule | remarks |
 |---|---|---|---|
 """
+HEAD_OUTSIDE = """
+## Families that Transformers does not ship
+
+mixtura brings them (`mixtura/hf/families/`). After `import mixtura` they load through
+`AutoConfig` and `AutoModelForCausalLM` as through `mixtura.from_pretrained`, from their own
+files: names and keys are those of the published checkpoints, on reading and on writing. A
+`config.json` with an `auto_map` goes to these classes, and remote code is not run, whatever
+`trust_remote_code` says. Their logits are those of a second implementation in float64
+(`tests/oracles`) within 1e-4 in fp32 (`tests/test_outside_families.py`).
+
+| `model_type` | class | taken over | rule | attention |
+|---|---|---|---|---|
+"""
+TAIL = """
+- The selection bias of Param2MoE and Sarvam (`gate.expert_bias`, `gate.e_score_correction_bias`)
+  is made zero-mean in fp32 when it is loaded. A bias that is zero-mean but for rounding stays as
+  it is, so that writing and loading again changes nothing.
+- `moe_shared_expert_intermediate_size` is the width of all shared experts together in Param2MoE,
+  and of one in Sarvam. Experts are chosen in groups where `n_group` and `topk_group` are both
+  there.
+- `query_key_value` stays one matrix: a packed one is read as it is stored.
+- Keys of rotary positions are written as Transformers writes them, in `rope_parameters`.
+- Grouped-query attention can be batched continuously; latent attention cannot, as in
+  Transformers' own families. Step3.5's heads differ by layer, and Transformers' estimate of
+  memory asks for one number: set `model.config.allow_global_per_layer_attribute_access = True`
+  first.
+- Step3.5's files hold stacks of experts: `mixtura quantize` cannot write them expert by expert,
+  and `weights=` quantizes them while they load.
+- LongCat-Flash files without weights for zero experts load in Transformers' own class, too: the
+  rows that it keeps for them are zeros, which nothing reads.
+"""
+ATTENTION = {
+    "param2moe": "grouped-query",
+    "sarvam_mla": "latent",
+    "sarvam_moe": "grouped-query",
+    "step3p5": "grouped-query, sliding windows",
+}
 
 
 def class_names(source: FamilySource) -> set[str]:
@@ -72,9 +109,20 @@ def row(name: str, source: FamilySource) -> str:
     return f"| {name} | {kind} | {'yes' if is_covered else 'no'} | {'; '.join(remarks)} |"
 
 
+def outside_row(name: str) -> str:
+    """One line of the table of families that we bring."""
+    case = tiny_model(name)
+    specs = {block_spec(case.model.get_submodule(block)) for block in case.block_modules}
+    kind = "experts" if None in specs else "block"
+    rule = "yes" if name in RoutingConfig.HF_RULES else "no"
+    return f"| {name} | `{type(case.model).__name__}` | {kind} | {rule} | {ATTENTION[name]} |"
+
+
 def families_table() -> str:
     """The whole of docs/families.md."""
-    return HEAD + "\n".join(row(name, source) for name, source in discover().items()) + "\n"
+    rows = "\n".join(row(name, source) for name, source in discover().items())
+    outside = "\n".join(outside_row(name) for name in OUTSIDE)
+    return f"{HEAD}{rows}\n{HEAD_OUTSIDE}{outside}\n{TAIL}"
 
 
 def kernels_for(scheme: QuantScheme, device: str) -> str:

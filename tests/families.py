@@ -1,6 +1,7 @@
-"""Tiny random-weight models of every MoE family in the installed Transformers.
+"""Tiny random-weight models of every MoE family in the installed Transformers, and of ours.
 
-`discover` reads the package's source and says which families exist; `tiny_model` builds one, small
+`discover` reads the package's source and says which families exist, and `OUTSIDE` which mixtura
+brings; `tiny_model` builds one, small
 enough to run in milliseconds and random enough that a wrong expert, weight or scale shows in the
 output.
 """
@@ -117,6 +118,12 @@ INKLING: dict[str, Any] = {
     "d_rel": 8,
     "rel_extent": 32,
     "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+}
+STEP3: dict[str, Any] = {
+    "sliding_window": 4,
+    "share_expert_dim": 40,
+    "swiglu_limits": [0.0, 0.5, 1.0],
+    "swiglu_limits_shared": [0.0, 0.0, 0.5],
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": MIXED_LAYERS},
@@ -240,12 +247,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 64,
         "indexer_compress_ratio": 2,
     },
-    "step3p7": {
-        "sliding_window": 4,
-        "share_expert_dim": 40,
-        "swiglu_limits": [0.0, 0.5, 1.0],
-        "swiglu_limits_shared": [0.0, 0.0, 0.5],
-    },
+    "sarvam_moe": {"moe_shared_expert_intermediate_size": 24},
+    "step3p5": STEP3,
+    "step3p7": STEP3,
     "unlimited_ocr": {"num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
@@ -302,6 +306,28 @@ def discover() -> dict[str, FamilySource]:
     return families
 
 
+OUTSIDE = {
+    name: FamilySource(name, f"mixtura.hf.families.{name}", (experts,), experts != "Step3p7Experts")
+    for name, experts in (
+        ("param2moe", "Param2MoEExperts"),
+        ("sarvam_mla", "SarvamMLAExperts"),
+        ("sarvam_moe", "SarvamMoEExperts"),
+        ("step3p5", "Step3p7Experts"),
+    )
+}
+"""Families that the package brings; Step3.5's layers are those of Transformers' Step3.7."""
+
+
+LOADED_AS = {"step3p7": "step3p5"}
+"""A family whose text model is saved without a head, and loaded as another with one."""
+
+
+@functools.cache
+def all_families() -> dict[str, FamilySource]:
+    """Those of Transformers, and ours."""
+    return discover() | OUTSIDE
+
+
 @dataclass(frozen=True)
 class TinyCase:
     """One family's tiny model, in eval mode, with inputs for it."""
@@ -326,11 +352,12 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
     A model in another dtype holds the float32 model's weights, rounded.
 
     Raises:
-        KeyError: the family is not in the installed Transformers, or is one of EXCEPTIONS.
+        KeyError: the family is neither in the installed Transformers nor ours, or is one of
+            EXCEPTIONS.
     """
     if family in EXCEPTIONS:
         raise KeyError(f"{family} has no tiny model: {EXCEPTIONS[family]}")
-    source = discover()[family]
+    source = all_families()[family]
     model_class = _text_model_class(source)
     config = _tiny_config(family, model_class)
     model = _build(model_class, config, torch.float32, seed)

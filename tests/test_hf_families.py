@@ -1,4 +1,4 @@
-"""Every MoE family of the installed Transformers says through our experts what eager says."""
+"""Every MoE family of Transformers, and ours, says through our experts what eager says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from families import EXCEPTIONS, FamilySource, TinyCase, discover, tiny_model
+from families import EXCEPTIONS, FamilySource, TinyCase, all_families, tiny_model
 from tolerances import NOISE_FACTOR, relative_error
 from torch import Tensor, nn
 from transformers import (
@@ -32,9 +32,9 @@ from mixtura.experts import PackedExperts
 from mixtura.hf import moe_layers
 from mixtura.hf.convert import NOT_TAKEN_OVER, UnconvertedLayerWarning
 
-FAMILIES = sorted(discover().keys() - EXCEPTIONS.keys())
-DECORATED = [name for name in FAMILIES if discover()[name].is_decorated]
-UNDECORATED = {name: source for name, source in discover().items() if not source.is_decorated}
+FAMILIES = sorted(all_families().keys() - EXCEPTIONS.keys())
+DECORATED = [name for name in FAMILIES if all_families()[name].is_decorated]
+UNDECORATED = {name: source for name, source in all_families().items() if not source.is_decorated}
 BLOCKS = {
     "afmoe",
     "dbrx",
@@ -48,10 +48,14 @@ BLOCKS = {
     "minimax_m2",
     "mixtral",
     "olmoe",
+    "param2moe",
     "qwen2_moe",
     "qwen3_5_moe",
     "qwen3_moe",
     "qwen3_next",
+    "sarvam_mla",
+    "sarvam_moe",
+    "step3p5",
     "step3p7",
 }
 """Families that are taken over whole; of the others, the experts."""

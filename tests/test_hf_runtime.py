@@ -196,8 +196,12 @@ BLOCK_FAMILIES = (
     "longcat_flash",
     "minimax_m2",
     "mixtral",
+    "param2moe",
     "qwen2_moe",
     "qwen3_next",
+    "sarvam_mla",
+    "sarvam_moe",
+    "step3p5",
     "step3p7",
 )
 

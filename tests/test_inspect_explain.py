@@ -345,7 +345,7 @@ def test_a_tokens_bytes_to_the_byte(tiny: Path) -> None:
 
 
 def test_layers_that_are_alike_are_one_group(tmp_path: Path) -> None:
-    found = explain(saved(tiny_model("step3p7"), tmp_path / "a"))
+    found = explain(saved(tiny_model("step3p5"), tmp_path / "a"))
     assert [group.label for group in found.groups] == ["layer 1", "layer 2"]  # limits differ
     assert found.dense == "layer 0"
     found = explain(saved(tiny_model("qwen3_moe"), tmp_path / "b"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXCEPTIONS, TinyCase, discover, tiny_model
+from families import EXCEPTIONS, LOADED_AS, TinyCase, discover, tiny_model
 from safetensors.torch import load_file, save_file
 from tolerances import relative_error
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import dequantize
 from mixtura.quant.quantize import quantize
 
-FAMILIES = sorted(discover().keys() - EXCEPTIONS.keys())
+FAMILIES = [LOADED_AS.get(name, name) for name in sorted(discover().keys() - EXCEPTIONS.keys())]
 PACKED = [format for format in WeightFormat if format.scheme.is_quantized]
 TOLERANCE = 1e-5
 

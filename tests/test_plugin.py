@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from outside_cases import stored, write_longcat
 
 import mixtura
 from mixtura import plugin
@@ -61,6 +63,59 @@ for experts in ("eager", "mixtura"):
     outputs.append(model(torch.arange(10)[None]).logits)
 assert torch.allclose(*outputs, atol=1e-5)
 assert "mixtura.hf" in sys.modules
+""")
+
+
+def test_a_late_class_does_what_the_true_one_does() -> None:
+    families = importlib.import_module("mixtura.hf.families")
+    assert {c.model_type: c.__name__ for c in families.MODELS} == plugin.FAMILIES
+    for name in plugin.FAMILIES.values():
+        late, true = plugin._LateClass(name, (), {}), getattr(families, name)
+        assert type(late()) is type(late.from_dict({"hidden_size": 64})) is true
+        assert late.model_type == true.model_type
+        with pytest.raises(AttributeError):
+            late.no_such_name  # noqa: B018 - looking is the test
+    assert all(importlib.util.find_spec(module) is not None for module in plugin._REGISTER)
+
+
+@pytest.mark.slow
+def test_families_are_there_when_transformers_is_asked_for_them(tmp_path: Path) -> None:
+    stored("param2moe").write(tmp_path / "param2moe")
+    write_longcat(tmp_path / "longcat")
+    run_python(f"""
+import os, sys, traceback
+import mixtura
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+
+def in_a_process_of_its_own(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            assert "mixtura.hf" not in sys.modules
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+def whole(found):
+    return not any(found[1].values())
+
+def by_path():
+    assert AutoConfig.for_model("param2moe").num_shared_experts == 1
+    arguments = dict(output_loading_info=True, experts_implementation="mixtura")
+    found = AutoModelForCausalLM.from_pretrained(r"{tmp_path}/param2moe", **arguments)
+    assert whole(found) and type(found[0]).__name__ == "Param2MoEForCausalLM"
+
+def by_class():
+    from transformers import LongcatFlashForCausalLM
+    assert whole(
+        LongcatFlashForCausalLM.from_pretrained(r"{tmp_path}/longcat", output_loading_info=True)
+    )
+
+for work in (by_path, by_class):
+    in_a_process_of_its_own(work)
 """)
 
 

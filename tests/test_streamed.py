@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXCEPTIONS, discover, tiny_model
+from families import EXCEPTIONS, LOADED_AS, all_families, tiny_model
 from packed_files import write_packed
 from test_packed_load import CONFIGS, dense, expected_logits, is_linear
 from tolerances import relative_error
@@ -33,7 +33,7 @@ OFTEN = {"deepseek_v3", "gemma4", "glm_moe_dsa", "gpt_oss", "llama4", "longcat_f
 
 FAMILIES = [
     pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
-    for name in sorted(discover().keys() - EXCEPTIONS.keys())
+    for name in sorted(all_families().keys() - EXCEPTIONS.keys() - LOADED_AS.keys())
 ]
 
 

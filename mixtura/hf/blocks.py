@@ -174,6 +174,8 @@ BLOCKS: dict[str, BlockSpec] = {
         gate_argument="e_score_correction_bias", jitter="jitter_noise"
     ),
     "Step3p7SparseMoeBlock": _DEEPSEEK_V3,
+    "RoutedMoE": BlockSpec(gate_class=gates.BiasedGate),
+    "SharedMoE": _DEEPSEEK_V3,
     "Llama4TextMoe": BlockSpec(
         gate="router",
         gate_class=gates.ScoresGate,
@@ -195,7 +197,10 @@ BLOCKS: dict[str, BlockSpec] = {
         read_experts=_read_jetmoe,
     ),
 }
-"""Blocks that are taken over whole, by the name of their class in Transformers."""
+"""Blocks that are taken over whole, by the name of their class in Transformers or `families`."""
+
+PACKAGES = ("transformers.", "mixtura.hf.families.")
+"""Where those classes are."""
 
 
 def block_spec(module: nn.Module) -> BlockSpec | None:
@@ -204,7 +209,7 @@ def block_spec(module: nn.Module) -> BlockSpec | None:
     A class that is not Transformers' may be one of a plug-in's (`family_plug_ins`).
     """
     for cls in type(module).__mro__:
-        if cls.__name__ in BLOCKS and cls.__module__.startswith("transformers."):
+        if cls.__name__ in BLOCKS and cls.__module__.startswith(PACKAGES):
             return BLOCKS[cls.__name__]
         family = family_of(cls)
         if family is not None:

@@ -30,7 +30,7 @@ _PACKING = threading.Lock()
 PROJECTIONS = frozenset(
     {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("kv_proj", "qkv_proj", "Wqkv", "out_proj"),
+        *("kv_proj", "qkv_proj", "query_key_value", "Wqkv", "out_proj"),
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_b_proj"),  # latent
         *("in_proj_qkv", "in_proj_qkvz", "in_proj_z"),  # linear attention
         *("v_proj_current", "v_proj_delayed"),  # ZAYA

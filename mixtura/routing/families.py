@@ -257,6 +257,44 @@ def lfm2_moe(config: Any, layer_index: int) -> RoutingConfig:
     )
 
 
+class RouterScore(Choice):
+    """The scores that Param2MoE and Sarvam name."""
+
+    SIGMOID = "sigmoid"
+    SOFTMAX = "softmax"
+
+
+class RouterDtype(Choice):
+    """What a Sarvam gate computes in: fp32, or the dtype of a model that is in bf16."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+    @classmethod
+    def of(cls, config: Any) -> RouterDtype:
+        """What a configuration says; fp32 where it says nothing."""
+        named = getattr(config, "router_dtype", None)
+        return cls.FP32 if named is None else cls.parse(named)
+
+
+@family("param2moe", "sarvam_mla", "sarvam_moe")
+def optional_parts(config: Any, layer_index: int) -> RoutingConfig:
+    """A bias where there is one, and groups where both of their keys are there."""
+    has_bias = read(config, "moe_router_enable_expert_bias")
+    has_groups = None not in (getattr(config, name, None) for name in ("n_group", "topk_group"))
+    score = GroupScore.TOP2_SUM if has_bias else GroupScore.MAX
+    return base(
+        config,
+        score=ScoreFunction.parse(RouterScore.parse(read(config, "score_function")).value),
+        selection_bias=SelectionBias.ON_SCORE if has_bias else SelectionBias.NONE,
+        groups=group_limit(config, score) if has_groups else None,
+        renormalize=renormalization(config),
+        epsilon=1e-20,
+        scale=read(config, SCALE),
+        native=FP32 if RouterDtype.of(config) is RouterDtype.FP32 else FP32_SCORES,
+    )
+
+
 class NamedScore(Choice):
     """The scores that a configuration may name."""
 
