@@ -388,6 +388,18 @@ def test_a_shared_expert_that_is_no_plain_map_is_refused_by_its_path():
         convert(model, deterministic=True)
 
 
+def test_shared_experts_and_their_gate_are_ours_where_other_layers_stay_plain(monkeypatch):
+    """As on a GPU, where only MoE layers make the promise."""
+    monkeypatch.setattr("mixtura.hf.determinism.missing", lambda: "no extension")
+    model = convert(tiny_model("qwen2_moe").model, deterministic=True)
+    ours = {name for name, module in model.named_modules() if isinstance(module, RowLinear)}
+    maps = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj")
+    blocks = {name.split(".mlp.")[0] for name in ours}
+    assert blocks
+    expected = {f"{block}.mlp.{name}" for block in blocks for name in (*maps, "shared_expert_gate")}
+    assert ours == expected
+
+
 def test_jitter_in_training_is_refused_where_it_would_be_drawn():
     model = convert(copy.deepcopy(tiny_model("mixtral").model), deterministic=True)
     block = next(module for module in model.modules() if isinstance(module, FusedMoE))

@@ -64,11 +64,13 @@ def set_row_modules(model: PreTrainedModel, blocks: Mapping[str, BlockPlan], is_
 
 
 def _shared_maps(block: BlockPlan) -> Iterator[tuple[str, nn.Module]]:
-    """The linear maps of a block's shared experts, by path."""
+    """The linear maps of a block's shared experts and of their sigmoid gate, by path."""
     if block.spec.shared is not None:
         for name, child in block.block.get_submodule(block.spec.shared).named_children():
             if name in ("gate_proj", "up_proj", "down_proj"):
                 yield f"{block.spec.shared}.{name}", child
+    if block.spec.shared_gate is not None:
+        yield block.spec.shared_gate, block.block.get_submodule(block.spec.shared_gate)
 
 
 def _cannot_be_row_invariant(linear: nn.Module) -> str | None:
