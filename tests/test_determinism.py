@@ -144,6 +144,8 @@ def test_row_linear_leaves_what_it_cannot_read_to_the_loop():
         assert not takes_row_linear(x, w, None)
         assert torch.equal(row_invariant_linear(x, w), linear_by_row(x, w))
     assert row_invariant_linear(rows.view(3, 1, 8)[:0], weight).shape == (0, 1, 5)
+    nothing = row_invariant_linear(rows[:, :0], weight[:, :0], weight[:, 0])
+    assert torch.equal(nothing, weight[:, 0].expand(3, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,6 +192,7 @@ def test_activations_of_a_row_do_not_depend_on_its_place():
     expected = function(rows)
     assert torch.equal(torch.cat([function(row) for row in rows.split(1)]), expected)
     assert torch.equal(function(rows.view(20, 15, 39)).view(300, 39), expected)
+    assert function(rows[:3, :0]).shape == (3, 0)
     assert_close(expected, plain, torch.float32)
 
 
@@ -510,9 +513,12 @@ def test_generation_alone_and_padded_on_the_left(family, dtype):
             assert torch.equal(found[row], alone[i][0]), (order, i)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_attention_by_sequence_is_attention(window):
-    """Masks that are causal, that have a window, and whose first keys nobody sees."""
+@pytest.mark.parametrize("window, is_causal", [(None, True), (3, True), (None, False)])
+def test_attention_by_sequence_is_attention(window, is_causal):
+    """Masks that are causal, that have a window, and whose first keys nobody sees.
+
+    What a module is without a mask does not count where there is one.
+    """
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, n, 8, 16, generator=generator) for n in (4, 2, 2))
     places = torch.arange(8)
@@ -523,7 +529,7 @@ def test_attention_by_sequence_is_attention(window):
     for sequence, padding in enumerate((0, 2, 5)):
         mask[sequence, :, :, :padding] = False
     module = nn.Module()
-    module.is_causal, module.num_key_value_groups = True, 2
+    module.is_causal, module.num_key_value_groups = is_causal, 2
     found, _ = attention_by_sequence(module, query, key, value, mask)
     expected, _ = attention_forward(module, query, key, value, mask)
     for sequence, padding in enumerate((0, 2, 5)):
@@ -531,7 +537,7 @@ def test_attention_by_sequence_is_attention(window):
         assert not found[sequence, :padding].any()
         alone = [x[sequence : sequence + 1, :, padding:] for x in (query, key, value)]
         own = None if window is None else mask[sequence : sequence + 1, :, padding:, padding:]
-        one, _ = attention_forward(module, *alone, own)
+        one, _ = attention_forward(module, *alone, own, is_causal=True)
         assert torch.equal(found[sequence, padding:], one[0])
 
 

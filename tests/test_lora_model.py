@@ -431,6 +431,41 @@ def test_names_are_checked(pair):
     assert torch.equal(logits(case, model), before)
 
 
+@pytest.mark.parametrize("choice", ["b", ["b", None], torch.tensor([[1] * 9, [-1] * 9])])
+def test_what_is_restored_is_the_same_adapter_after_another_is_unloaded(pair, choice):
+    case, model = loaded(pair)
+    mixtura.load_adapter(model, pair[0].directory, "c")  # has the number of "b" then
+    mixtura.select_adapters(model, choice)
+    before = logits(case, model)
+    with mixtura.select_adapters(model, "a"):
+        mixtura.unload_adapter(model, "a")
+    close(logits(case, model), before)
+    with mixtura.select_adapters(model, None):
+        none = logits(case, model)
+        mixtura.unload_adapter(model, "b")
+    close(logits(case, model), none)
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained_past(pair):
+    case = tiny_model("qwen3_moe")
+    model = mixtura.convert(case.model)
+    with torch.inference_mode():
+        mixtura.load_adapter(model, pair[0].directory, "a")
+        logits(case, model)
+    found = case.output(model)
+    found.sum().backward()
+    close(found, pair[0].output)
+
+
+def test_numbers_that_were_chosen_are_a_copy(pair):
+    case, model = loaded(pair)
+    numbers = torch.zeros(18, dtype=torch.int32)
+    mixtura.select_adapters(model, numbers)
+    before = logits(case, model)
+    numbers.fill_(1)
+    assert torch.equal(logits(case, model), before)
+
+
 def test_what_is_chosen_is_checked(pair):
     case, model = loaded(pair)
     for wrong, message in [

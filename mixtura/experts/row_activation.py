@@ -32,4 +32,4 @@ class RowActivation(nn.Module):
         """(..., n) -> (..., n)."""
         if not self.is_row_invariant:
             return super().forward(x)  # type: ignore[no-any-return]
-        return by_row(super().forward, x.reshape(-1, x.shape[-1])).view(x.shape)
+        return by_row(super().forward, x.reshape(x.shape[:-1].numel(), x.shape[-1])).view(x.shape)

@@ -67,6 +67,7 @@ def attention_by_sequence(
     if attention_mask is None or not is_padded or not _is_plain(others):
         return attention_forward(module, query, key, value, attention_mask, **others)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    others["is_causal"] = True  # where there is no mask: whatever the module is without one
     for index, mask in enumerate(attention_mask.expand(query.shape[0], -1, -1, -1)):
         sees = mask.any(0)  # (queries, keys)
         queries, keys = sees.any(1).nonzero().flatten(), sees.any(0).nonzero().flatten()

@@ -76,8 +76,8 @@ def _shared_maps(block: BlockPlan) -> Iterator[tuple[str, nn.Module]]:
 def _cannot_be_row_invariant(linear: nn.Module) -> str | None:
     if isinstance(linear, PackedLinear):
         reason = cannot_pack(linear.scheme)
-        if reason is None and linear.matrix.device.type != "cpu":
-            reason = f"it runs packed on the CPU alone, and is on {linear.matrix.device}"
+        if reason is None and linear.device.type != "cpu":
+            reason = f"it runs packed on the CPU alone, and is on {linear.device}"
         return reason
     if isinstance(linear, RowLinear) or type(linear) is nn.Linear:
         return None

@@ -67,6 +67,11 @@ class PackedLinear(nn.Module):
         assert self.given is not None
         return self.given
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is; nothing is unpacked to say so."""
+        return CPU if self.packed is not None else self.matrix.device
+
     def forward(self, rows: Tensor) -> Tensor:
         """(..., K) -> (..., N).
 
@@ -86,7 +91,7 @@ class PackedLinear(nn.Module):
             )
         packed = self._packed()
         shape = self.matrix.shape if packed is None else packed.matrix.shape[1:]
-        device = self.matrix.device if packed is None else CPU
+        device = self.device
         if rows.shape[-1] != shape[1] or rows.device != device:
             raise InputError(
                 f"rows ({tuple(rows.shape)} on {rows.device}) must be (..., {shape[1]}) on "

@@ -17,5 +17,5 @@ def row_invariant_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = Non
     """
     if takes_row_linear(rows, weight, bias):
         return row_linear(rows, weight, bias)
-    flat = linear_by_row(rows.reshape(-1, rows.shape[-1]), weight, bias)
+    flat = linear_by_row(rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]), weight, bias)
     return flat.view(*rows.shape[:-1], weight.shape[0])

@@ -98,7 +98,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, name: str | None = No
 
 
 def unload_adapter(model: PreTrainedModel, name: str) -> None:
-    """Take an adapter off a model; the model is bitwise what it was before.
+    """Take an adapter off a model; without the last one, the model is bitwise as before the first.
 
     The numbers of adapters that were loaded after it fall by one. Rows that had it have none.
 
@@ -118,8 +118,8 @@ def unload_adapter(model: PreTrainedModel, name: str) -> None:
         },
     )
     install(model, told, selection)
-    selection.names = tuple(one for one in selection.names if one != name)
-    selection.choose(_without(selection.chosen, number))
+    before, selection.names = selection.names, tuple(n for n in selection.names if n != name)
+    selection.choose(_renumbered(selection.chosen, before, selection.names))
     if not selection.names:
         _forget(model)
     _forget_graphs()
@@ -141,7 +141,8 @@ def select_adapters(model: PreTrainedModel, names: Names) -> Restoring:
             for each token, (T,) or (sequences, T), as `adapter_names` counts them, -1 for none.
 
     Returns:
-        A context: leaving it restores what was chosen before. It need not be entered.
+        A context: leaving it restores what was chosen before, by name: none where that has been
+        unloaded. It need not be entered.
 
     Raises:
         InputError: no such adapter is loaded.
@@ -149,7 +150,7 @@ def select_adapters(model: PreTrainedModel, names: Names) -> Restoring:
     selection = _selection_of(model)
     before = selection.chosen
     selection.choose(selection.read(names))
-    return Restoring(selection, before)
+    return Restoring(selection, before, selection.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,8 @@ class Restoring:
 
     selection: Selection
     before: Chosen
+    names: tuple[str, ...]
+    """That the numbers in `before` are of."""
 
     def __enter__(self) -> None:
         """What was chosen is chosen already."""
@@ -168,7 +171,8 @@ class Restoring:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.selection.choose(self.before)
+        now = self.selection.names
+        self.selection.choose(_renumbered(self.before, self.names, now))
 
 
 def _free_name(name: str, selection: Selection, directory: Path) -> str:
@@ -271,14 +275,12 @@ def _selection_of(model: PreTrainedModel) -> Selection:
     return selection
 
 
-def _without(chosen: Chosen, number: int) -> Chosen:
-    """What was chosen, once the adapter of a number is gone."""
-
-    def renumbered(one: int) -> int:
-        return NONE if one == number else one - (one > number)
-
+def _renumbered(chosen: Chosen, before: tuple[str, ...], now: tuple[str, ...]) -> Chosen:
+    """What was chosen, by the numbers that the adapters have now; none where one is gone."""
+    numbers = [now.index(name) if name in now else NONE for name in before]
+    numbers.append(NONE)  # where -1 finds it
     if isinstance(chosen, int):
-        return renumbered(chosen)
+        return numbers[chosen]
     if isinstance(chosen, tuple):
-        return tuple(map(renumbered, chosen))
-    return torch.where(chosen == number, NONE, chosen - (chosen > number).to(torch.int32))
+        return tuple(numbers[one] for one in chosen)
+    return torch.tensor(numbers, dtype=torch.int32, device=chosen.device)[chosen.long()]

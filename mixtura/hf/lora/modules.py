@@ -140,11 +140,12 @@ def check_copy(module: nn.Module, path: str, copy: Tensor) -> None:
 
 def install(model: nn.Module, told: Installed, selection: Selection) -> None:
     """Tell every module what adapters add to it, in place of what it was told before."""
-    for path, module in experts_modules(model).items():
-        module.set_lora(told.experts.get(path, ()))
-    before = {name.rpartition(".")[0] for name, _ in adapted(model)}
-    for path in sorted(before | told.linears.keys()):
-        _put(model.get_submodule(path), told.linears.get(path, {}), selection)
+    with torch.inference_mode(False):  # tensors of inference mode could not be trained past
+        for path, module in experts_modules(model).items():
+            module.set_lora(told.experts.get(path, ()))
+        before = {name.rpartition(".")[0] for name, _ in adapted(model)}
+        for path in sorted(before | told.linears.keys()):
+            _put(model.get_submodule(path), told.linears.get(path, {}), selection)
     for layer in layers(model).values():
         others = tuple(source for source in layer.sources if source != selection.source)
         is_adapted = any(told.experts.values())
@@ -178,6 +179,6 @@ def _put(module: Any, factors: LinearTable, selection: Selection) -> None:
 
 def _device_of(module: Any) -> torch.device:
     if isinstance(module, PackedLinear):
-        return module.matrix.device
+        return module.device
     weight: Tensor = get_attribute(module, getattr(module, "weight_path", "weight"))
     return weight.device

@@ -90,7 +90,7 @@ class Selection:
                 f"adapter numbers must be in [-1, {len(self.names)}), as adapters were loaded; got "
                 f"{least} to {most}. Load the adapter, or give -1."
             )
-        return names.flatten().to(torch.int32)
+        return names.flatten().to(torch.int32, copy=True)  # the caller may write to it
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the batch of a forward of the model, before its first layer.

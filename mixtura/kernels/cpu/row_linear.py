@@ -30,7 +30,7 @@ def takes_row_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
         and weight.dim() == 2
         and weight.is_contiguous()
-        and rows.shape[-1] == weight.shape[1]
+        and rows.shape[-1] == weight.shape[1] > 0
     )
 
 
