@@ -471,6 +471,7 @@ def test_what_is_chosen_is_checked(pair):
     for wrong, message in [
         ("c", r"^adapter .'c'. must be one that is loaded; got a, b"),
         (["a", "c"], "must be one that is loaded"),
+        (3, r"^adapters .3. must be a name, None, a list of these"),
         (torch.tensor([0.5]), "must be whole ones"),
         (torch.tensor([[0, 2]]), r"must be in \[-1, 2\).*got 0 to 2"),
     ]:

@@ -37,9 +37,10 @@ def conformance(
 ) -> None:
     """Try every promise of a plug-in's contract; exit with 1 where one is not kept."""
     from mixtura.conformance import group_of, run_suite
+    from mixtura.hf.load import parse_device
 
     found = group_of(name) if group is None else group
-    report = run_suite(name, found, device=device)
+    report = run_suite(name, found, device=str(parse_device(device)))
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:

@@ -46,7 +46,7 @@ def group_of(name: str) -> Group:
     ]
     if len(found) != 1:
         got = f"{', '.join(found)} have it" if found else "no group has it"
-        remedy = "Say which with --group" if found else "See 'mixtura doctor' for plug-ins"
+        remedy = "Say which with --group" if found else "Give its --group, which tells names"
         raise ConfigError(f"{name!r} must be a name of one group; got {got}. {remedy}.")
     return found[0]
 

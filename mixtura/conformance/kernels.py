@@ -363,7 +363,10 @@ def _norm_error(actual: Tensor, expected: Tensor) -> float:
 
 def _require_same_bits(found: ExpertWeights, given: ExpertWeights) -> None:
     require(found.config == given.config, "unpack must give the configuration; got another")
-    for role in (f.name for f in dataclasses.fields(ExpertWeights) if f.name != "config"):
+    require(not found.lora, "unpack must give no adapters where there were none; got some")
+    for role in (
+        f.name for f in dataclasses.fields(ExpertWeights) if f.name not in ("config", "lora")
+    ):
         left, right = getattr(found, role), getattr(given, role)
         require((left is None) == (right is None), f"unpack must give {role} back; got {left}")
         if right is None:

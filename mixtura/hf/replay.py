@@ -56,10 +56,11 @@ class RoutingReplay(ForwardWatch):
         missing = ((found < 0) & (position >= 0)).nonzero().flatten().tolist()
         if missing:
             first = missing[0]
+            others = f" (nor {len(missing) - 1} more of this forward)" if missing[1:] else ""
             raise InputError(
                 f"the token at position {int(position[first])} of sequence {int(sequence[first])} "
-                f"must have been recorded to be replayed; got a trace without it and "
-                f"{len(missing) - 1} others of this forward. Replay what was recorded; a generated "
+                f"must have been recorded to be replayed; got a trace without it{others}. "
+                f"Replay what was recorded; a generated "
                 f"sequence's last token was never run: leave it out, or mark it as padding in "
                 f"attention_mask."
             )

@@ -131,7 +131,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
                 f"long; got more. Fetch the adapter again."
             )
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"the adapter ({path.parent}) must hold {CONFIG}; got none. Give a directory that "
             f"PEFT's save_pretrained has written."

@@ -78,6 +78,11 @@ class Selection:
         if names is None or isinstance(names, str):
             return self.number_of(names)
         if not isinstance(names, Tensor):
+            if not isinstance(names, Sequence):
+                raise InputError(
+                    f"adapters ({names!r}) must be a name, None, a list of these, or a tensor of "
+                    f"numbers; got {type(names).__name__}. Name what adapter_names gives."
+                )
             return tuple(self.number_of(name) for name in names)
         if names.is_floating_point() or names.dtype is torch.bool or not names.numel():
             raise InputError(
