@@ -123,6 +123,7 @@ class FusedMoE(nn.Module):
             device=device,
             dtype=dtype,
         )
+        linear_class = RowLinear if config.deterministic else nn.Linear
         if config.shared is not None:
             self.shared_experts = SharedExperts(
                 config.shared,
@@ -132,12 +133,11 @@ class FusedMoE(nn.Module):
                 dtype=dtype,
             )
             if config.shared.has_sigmoid_gate:
-                self.shared_expert_gate = nn.Linear(
+                self.shared_expert_gate = linear_class(
                     config.hidden_size, 1, bias=False, device=device, dtype=dtype
                 )
         if config.has_latent:
             sizes = (config.hidden_size, config.experts.hidden_size)
-            linear_class = RowLinear if config.deterministic else nn.Linear
             self.latent_in = linear_class(*sizes, bias=False, device=device, dtype=dtype)
             self.latent_out = linear_class(*sizes[::-1], bias=False, device=device, dtype=dtype)
 

@@ -61,7 +61,7 @@ def case_of(case: Any) -> tuple[Any, ...]:
 
 PACKED_CASES = [
     (90, PACKED, "bfloat16", "0,32"),
-    (100, "gpt-oss-120b/mxfp4", "bfloat16", "128"),
+    pytest.param(100, "gpt-oss-120b/mxfp4", "bfloat16", "128", marks=pytest.mark.slow),
     *(
         pytest.param(capability, "all-packed", dtype, "", marks=pytest.mark.slow)
         for capability, dtype in (

@@ -102,6 +102,9 @@ def check(
     assert_close(found, expected, dtype, noise=noise)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("regime", ROWS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_layout_in_every_regime(name: str, regime: Regime) -> None:
@@ -119,7 +122,9 @@ def test_every_dtype(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reduce", [True, False])
 @pytest.mark.parametrize("weight_on", WeightOn)
-@pytest.mark.parametrize("name", ["bias", "gpt-oss", "ungated-bias", "rms"])
+@pytest.mark.parametrize(
+    "name", ["gpt-oss", *(pytest.param(n, marks=SLOW) for n in ("bias", "ungated-bias", "rms"))]
+)
 def test_weights_on_either_side_and_terms(name: str, weight_on: WeightOn, reduce: bool) -> None:
     for num_rows in (1, 13):
         check(CONFIGS[name], num_rows, 2, FINEST, weight_on=weight_on, reduce=reduce)
@@ -146,7 +151,7 @@ BLOCKED = {
 """Sizes that steps divide: weights are read by descriptor, from rows or from columns."""
 
 
-@pytest.mark.parametrize("num_rows", [9, 33, 70, 110])
+@pytest.mark.parametrize("num_rows", [33, 110, *(pytest.param(n, marks=SLOW) for n in (9, 70))])
 @pytest.mark.parametrize("name", BLOCKED)
 def test_weights_read_by_descriptor(
     name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch

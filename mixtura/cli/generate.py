@@ -181,8 +181,12 @@ def with_routing(model: PreTrainedModel, routing: RoutingFiles) -> Iterator[None
         if routing.saved is None or not is_speaker():
             yield
             return
-        with mixtura.capture_routing(model) as capture:
-            yield
+        try:
+            with mixtura.capture_routing(model) as capture:
+                yield
+        except KeyboardInterrupt:
+            print(f"\nThe routing was not saved to {routing.saved}: stopped.", file=sys.stderr)
+            raise
         capture.save(routing.saved)
 
 
