@@ -75,3 +75,9 @@ def test_the_command_loads_it_and_says_so() -> None:
     result = CliRunner().invoke(app, [*arguments, "--lora", f"{ADAPTER}=docs"])
     assert result.exit_code == 0, result.output
     assert "adapter      docs, beside the weights" in result.stderr
+
+
+def test_a_second_adapter_on_the_command_line_is_refused():
+    result = CliRunner().invoke(app, ["generate", "a", "--lora", "one", "--lora", "two"])
+    assert result.exit_code == 2
+    assert "there must be one; got 2" in " ".join(result.output.replace("│", " ").split())

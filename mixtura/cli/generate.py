@@ -154,7 +154,7 @@ def generate(
                 deterministic=deterministic,
                 debug=debug,
                 ranks=ranks,
-                lora=lora,
+                lora=lora[0] if lora else None,
             ),
             text,
             options,

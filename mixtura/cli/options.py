@@ -40,9 +40,21 @@ Linears = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Same row, whatever else is in the batch.")
 ]
+
+
+def _only_one(given: list[str] | None) -> list[str] | None:
+    if given is not None and len(given) > 1:
+        raise typer.BadParameter(
+            f"an adapter is for all rows here, so there must be one; got {len(given)}. "
+            f"mixtura.select_adapters gives rows adapters of their own."
+        )
+    return given
+
+
 Lora = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
+        callback=_only_one,
         help="Load a LoRA adapter of PEFT beside the weights, from this directory; =NAME names it.",
         metavar="DIR[=NAME]",
     ),
