@@ -143,6 +143,18 @@ class CopiesSlots(Wrong):
         return {name: tensor.clone() for name, tensor in super().slots(packed).items()}
 
 
+class ForgetsAdapters(Wrong):
+    def with_lora(self, packed: Any, adapters: Any) -> Any:
+        return packed
+
+
+class GivesAllAnAdapter(Wrong):
+    def run(self, packed: Any, batch: ExpertBatch, **how: Any) -> Tensor:
+        if batch.adapter_ids is not None:
+            batch = replace(batch, adapter_ids=batch.adapter_ids.clamp(min=0))
+        return super().run(packed, batch, **how)
+
+
 class TakesAllForStacked(Wrong):
     def pack(self, weights: Any, activation_dtype: Any = None) -> Any:
         if weights.config.gate_up is GateUp.INTERLEAVED:
@@ -221,6 +233,8 @@ CAUGHT: dict[type[Wrong], str] = {
     LosesBits: "pack and unpack",
     LosesGradients: "gradients",
     CopiesSlots: "experts can be moved",
+    ForgetsAdapters: "adapters",
+    GivesAllAnAdapter: "adapters",
     TakesAllForStacked: "layouts",
     KnowsOneActivation: "activations",
     ForgetsScales: "packed weights",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mixtura.config import WeightOn
+from mixtura.conformance.adapters import check_adapters
 from mixtura.conformance.closeness import NOISE_FACTOR, RTOL, relative_error
 from mixtura.conformance.expert_cases import ACTIVATIONS, LAYOUTS, Case, Ids, truth_of
 from mixtura.conformance.report import Cases, Promises, Refused, require
@@ -77,6 +78,7 @@ def promises(kernel: ExpertsKernel, device: str = "cpu") -> Promises:
         "pack and unpack": exam.round_trip,
         "gradients": exam.gradients,
         "experts can be moved": exam.moves,
+        "adapters": exam.adapters,
     }
 
 
@@ -324,6 +326,14 @@ class Examination:
                     require(error <= bound, fault)
 
             yield f"{case}, weight on the {weight_on.value}", run
+
+    def adapters(self) -> Cases:
+        """LoRA adapters, of a kernel that adds them."""
+        if not self.kernel.has_lora:
+            return
+        for layout in LAYOUTS:
+            case = replace(self.usual(), layout=layout, num_rows=9)
+            yield case, partial(check_adapters, self.kernel, case)
 
     def moves(self) -> Cases:
         """A row of every slot tensor, copied, is an expert, copied."""
