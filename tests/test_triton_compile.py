@@ -189,7 +189,7 @@ def test_quantized_weights_take_few_instructions(
 
 
 ROUTERS = [
-    (90, ROUTING),
+    pytest.param(90, ROUTING, marks=pytest.mark.slow),
     *(pytest.param(cap, "all-routing", marks=pytest.mark.slow) for cap in (80, 90, 100)),
 ]
 

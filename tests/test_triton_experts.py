@@ -226,7 +226,8 @@ def test_nan_stays_in_its_row() -> None:
         found = run(weights, dataclasses.replace(batch, hidden_states=rows, local_ids=ids))
         assert torch.equal(found[0], torch.zeros_like(found[0]))
         assert not found[1].isfinite().all()
-        assert torch.equal(found[2:], clean[2:])
+        # A processor's BLAS, which the interpreter calls, may add in another order beside NaN.
+        torch.testing.assert_close(found[2:], clean[2:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows", [3, 40])
