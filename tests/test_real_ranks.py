@@ -83,11 +83,12 @@ def test_cuts_and_requests_of_their_own(directory):
 
 def test_the_command_line_prints_once_and_draws_alike():
     options = ["generate", PROMPT, "--max-new-tokens", "12", "--temperature", "1", "--seed", "5"]
+    options += ["--dtype", "fp32"]  # in bf16 a draw may turn on the last bit of a sum
     ranks = ["--ep", "2", "--dispatcher", "all_to_all", "--eplb", "--eplb-interval", "3"]
     code, out, errors = run("-m", "mixtura", *options, *ranks)
     assert code == 0, errors
     assert errors.count("MoE layers") == 1
-    assert "ranks        2, by all_to_all; 10.1 MiB of experts on the first" in errors
+    assert re.search(r"^ranks +2, by all_to_all; 20\.\d MiB of experts on the first", errors, re.M)
     assert re.search(
         r"^balance +[1-9]\d* plans, \d+ slots moved; (counting|planning|moving): ", errors, re.M
     )
