@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -172,6 +173,27 @@ def test_deterministic_rows_with_an_adapter_do_not_depend_on_the_batch(tmp_path)
         alone = model(case.inputs["input_ids"][:1]).logits
     assert torch.equal(alone[0], found[0])
     assert not torch.allclose(found[0], before[0], atol=1e-3)
+
+
+def test_a_map_that_a_mixer_reads_past_the_layer_takes_no_adapter(tmp_path):
+    case = tiny_model("nemotron_h")
+    model = mixtura.convert(case.model)
+    path = next(n for n, m in model.named_modules() if n.endswith(".mixer.out_proj"))
+    rows, columns = model.get_submodule(path).weight.shape
+    name = f"{PREFIX}{path}.lora_"
+    tensors = {f"{name}A.weight": torch.randn(2, columns), f"{name}B.weight": torch.randn(rows, 2)}
+    with pytest.raises(UnsupportedModel, match=rf"^{re.escape(name)}A.weight .*do not call it"):
+        mixtura.load_adapter(model, write(tmp_path, tensors), "mixer")
+
+
+def test_a_map_that_is_called_by_keyword_has_its_adapter(pair):
+    _, model = loaded(pair)
+    maps = [m for n, m in model.named_modules() if n.endswith("_proj") and m._forward_hooks]
+    assert maps
+    rows = torch.randn(3, maps[0].in_features)
+    found = maps[0](input=rows)
+    assert torch.equal(found, maps[0](rows))
+    assert not torch.allclose(found, maps[0].forward(rows), atol=1e-3)
 
 
 def test_rows_have_adapters_of_their_own(pair):

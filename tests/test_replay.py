@@ -372,6 +372,11 @@ def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
         replay_routing(experts_only, trace),
     ):
         pass
+    with (
+        pytest.raises(InputError, match=r"routing \(int\) must be"),
+        replay_routing(experts_only, 3),
+    ):
+        pass
     name, layer = next(iter(trace.layers.items()))
     less = {path: one for path, one in trace.layers.items() if path != name}
     narrow = {**trace.layers, name: LayerTrace(layer.ids[:, :2], 8)}

@@ -201,7 +201,12 @@ def replay_routing(
     """
     if isinstance(routing, (str, Path)):
         routing = RoutingTrace.load(routing)
-    trace = routing if isinstance(routing, RoutingTrace) else routing.trace()
+    trace = routing.trace() if isinstance(routing, RoutingCapture) else routing
+    if not isinstance(trace, RoutingTrace):
+        raise InputError(
+            f"routing ({type(routing).__name__}) must be what capture_routing has recorded, or its "
+            f"file; got another thing. Pass the recording or a path."
+        )
     layers = check_fit(model, trace)
     replay = RoutingReplay(model, trace, find_sequences(trace, sequences))
     with ExitStack() as stack:

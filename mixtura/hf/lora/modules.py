@@ -91,7 +91,10 @@ def linear_module(model: nn.Module, path: str, name: str) -> nn.Module:
         owner = gate.weight_path.rpartition(".")[0]
         if module is (get_attribute(gate, owner) if owner else gate):
             return gate
+    around, _, leaf = path.rpartition(".")
     reason = _refusal(module, block)
+    if leaf == "out_proj" and _is_state_space(model.get_submodule(around)):
+        reason = "kernels of state-space mixers read its weight and do not call it"
     if reason is not None:
         raise UnsupportedModel(
             f"{name} must be of a map that adapters can add to; got {path}: {reason}. Train "
@@ -99,6 +102,11 @@ def linear_module(model: nn.Module, path: str, name: str) -> nn.Module:
         )
     found: nn.Module = module
     return found
+
+
+def _is_state_space(mixer: nn.Module) -> bool:
+    """Whether a module is Mamba's, by its parameters."""
+    return hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
 
 def _block_of(model: nn.Module, path: str) -> FamilyMoE | None:
@@ -174,7 +182,7 @@ def _put(module: Any, factors: LinearTable, selection: Selection) -> None:
     if isinstance(module, FamilyGate):
         module.gate_plan = with_lora(module.gate_plan, new)
     elif new is not None:
-        new.handle = module.register_forward_hook(new.add)
+        new.handle = module.register_forward_hook(new.add, with_kwargs=True)
 
 
 def _device_of(module: Any) -> torch.device:

@@ -70,9 +70,11 @@ class LowRankMap(nn.Module):
         inner = torch.where(self.owners == ids.unsqueeze(1), inner, 0.0)
         return gate_logits(inner, self.b, None, is_fp32=True, is_row_invariant=is_row_invariant)
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def add(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+    ) -> Tensor:
         """A forward hook of a linear layer: its output with what the rows' adapters add."""
-        rows: Tensor = args[0]
+        rows: Tensor = next(iter((*args, *kwargs.values())))
         chosen, is_row_invariant = self.selection.chosen, self.selection.is_row_invariant
         if isinstance(chosen, int) and chosen not in self.spans:
             return out
