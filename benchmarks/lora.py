@@ -28,9 +28,10 @@ from mixtura.bench.weights import LayerWeights, num_weight_sets, random_batches
 from mixtura.config import ExpertsConfig
 from mixtura.experts import ExpertsOptions, RoutedExperts
 from mixtura.kernels.reference.activation import activate
+from mixtura.lora import LoraWeights, LowRank
 from mixtura.quant.formats import WeightFormat
 from mixtura.quant.matrix import dense
-from mixtura.types import ExpertBatch, LoraWeights, LowRank
+from mixtura.types import ExpertBatch
 
 Call = Callable[[int], Tensor]
 

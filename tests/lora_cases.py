@@ -10,7 +10,8 @@ from expert_cases import dense_tensors, map_tensors, plain_experts
 from torch import Tensor
 
 from mixtura.config import ExpertsConfig, GateUp, WeightOn
-from mixtura.types import Adapters, ExpertBatch, ExpertWeights, LoraWeights, LowRank
+from mixtura.lora import Adapters, LoraWeights, LowRank
+from mixtura.types import ExpertBatch, ExpertWeights
 
 PARTS = ("gate", "up", "down")
 

@@ -30,7 +30,7 @@ FLOORS: list[set[str]] = [
     {"kernels", "parallel"},
     {"quant"},
     {"types", "plugin", "entry_points"},
-    {"config", "env", "cuda"},
+    {"config", "env", "cuda", "lora"},
     {"errors"},
 ]
 """A room may import any room on a floor below; rooms on one floor leave each other alone."""
@@ -40,7 +40,7 @@ NARROWER: dict[str, set[str]] = {
     "entry_points": {"config", "errors"},
     "quant": {"entry_points", "config", "errors", "env"},
     "eplb": {"parallel", "entry_points", "types", "config", "errors", "env"},
-    "parallel": {"quant", "types", "config", "errors", "env", "cuda"},
+    "parallel": {"quant", "types", "lora", "config", "errors", "env", "cuda"},
     "__main__": {"cli"},
 }
 """Rooms that may import less than their floor allows."""
@@ -58,6 +58,7 @@ EXTRA_EDGES: dict[str, set[str]] = {
 REFERENCE_MAY_IMPORT = {
     "mixtura.config",
     "mixtura.types",
+    "mixtura.lora",
     "mixtura.kernels.contract",
     "mixtura.kernels.reference",
     *MEANINGS,

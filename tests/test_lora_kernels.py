@@ -67,17 +67,11 @@ from mixtura.hf.experts import plan_experts
 from mixtura.kernels import get_kernel, kernel_names, select_kernel
 from mixtura.kernels.cpu.extension import forced_path, missing
 from mixtura.layer import FusedMoE
+from mixtura.lora import Adapters, LoraWeights, LowRank
 from mixtura.parallel import ExpertParallel, Spread, Transport
 from mixtura.parallel.shard import shard_lora
 from mixtura.quant.formats import WeightFormat
-from mixtura.types import (
-    Adapters,
-    ExpertBatch,
-    ExpertWeights,
-    LoraWeights,
-    LowRank,
-    TokenInputs,
-)
+from mixtura.types import ExpertBatch, ExpertWeights, TokenInputs
 
 WITH_LORA = ("reference", "torch", "cpu")
 NUM_ROWS = 13

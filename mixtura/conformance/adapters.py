@@ -12,7 +12,7 @@ from mixtura.conformance.report import Refused, require
 from mixtura.experts.lora import kept
 from mixtura.kernels import ExpertsKernel
 from mixtura.kernels.reference import ReferenceKernel
-from mixtura.types import LoraWeights, LowRank
+from mixtura.lora import LoraWeights, LowRank
 
 RANKS = (1, 5)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtura.config import ExpertsConfig
 from mixtura.errors import InputError
 from mixtura.kernels.lora import LORA_LANES
-from mixtura.types import Adapters, LoraWeights, LowRank
+from mixtura.lora import Adapters, LoraWeights, LowRank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What factors may be stored in."""

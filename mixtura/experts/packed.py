@@ -18,17 +18,9 @@ from mixtura.experts.storage import Storage, read_weights, tensor_of
 from mixtura.kernels import ExpertsKernel, KernelDecision, select_kernel
 from mixtura.kernels.keys import Keys
 from mixtura.kernels.lora import check_adapter_ids
+from mixtura.lora import Adapters, LoraWeights, adapter_tensors
 from mixtura.quant.scheme import QuantScheme
-from mixtura.types import (
-    Adapters,
-    ExpertBatch,
-    ExpertsProblem,
-    ExpertWeights,
-    LoraWeights,
-    RoutingObserver,
-    TokenSource,
-    adapter_tensors,
-)
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights, RoutingObserver, TokenSource
 
 _PACKING = threading.RLock()
 """Held while weights change form, so that threads that share experts pack them once."""

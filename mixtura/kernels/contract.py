@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mixtura.config import ActivationDtype, ExpertsConfig, WeightOn
+from mixtura.lora import Adapters
 from mixtura.quant.activations import ActivationScheme, activations_for
 from mixtura.quant.scheme import Code, QuantScheme
-from mixtura.types import Adapters, ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 STATIC_CODES = (Code.INT, Code.E4M3)
 """Codes that `round_activations` knows."""

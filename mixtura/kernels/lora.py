@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import InputError
-from mixtura.types import Adapters
+from mixtura.lora import Adapters
 
 LORA_LANES = 16
 """Factors of adapters, A and B transposed, lie (L, r, n) with rows of more than n elements, zeros

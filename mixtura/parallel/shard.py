@@ -9,11 +9,12 @@ from torch import Tensor
 
 from mixtura.config import ExpertsConfig, GateUp
 from mixtura.errors import ConfigError
+from mixtura.lora import LoraWeights, LowRank
 from mixtura.parallel.ranks import Spread
 from mixtura.quant.activations import StaticInputs
 from mixtura.quant.cuts import cut_columns, cut_rows, take_experts
 from mixtura.quant.matrix import QuantizedMatrix
-from mixtura.types import ExpertWeights, LoraWeights, LowRank
+from mixtura.types import ExpertWeights
 
 
 def shard_weights(weights: ExpertWeights, spread: Spread) -> ExpertWeights:

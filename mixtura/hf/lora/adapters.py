@@ -34,9 +34,9 @@ from mixtura.hf.lora.places import AdapterPlaces
 from mixtura.hf.lora.read import Adapter, read_adapter
 from mixtura.hf.lora.selection import ADAPTERS, NONE, Chosen, Names, Selection, find_selection
 from mixtura.hf.parallel import base_of, find_ranks, transport_of
+from mixtura.lora import LoraWeights
 from mixtura.parallel import agree
 from mixtura.parallel.shard import shard_lora
-from mixtura.types import LoraWeights
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What adapters may be called."""

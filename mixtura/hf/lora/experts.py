@@ -20,7 +20,7 @@ from mixtura.errors import CheckpointError
 from mixtura.hf.lora.config import AdapterConfig
 from mixtura.hf.lora.file import Factors
 from mixtura.hf.lora.places import MatrixPlace, Part, Stack
-from mixtura.types import LoraWeights, LowRank
+from mixtura.lora import LoraWeights, LowRank
 
 Version = tuple[int, ...]
 ALWAYS_AS_STORED: Version = (0, 19)

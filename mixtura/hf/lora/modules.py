@@ -19,7 +19,7 @@ from mixtura.hf.linears import PackedLinear
 from mixtura.hf.lora.rows import CHILD, LowRankMap, with_lora
 from mixtura.hf.lora.selection import Selection
 from mixtura.layer import FusedMoE
-from mixtura.types import Adapters
+from mixtura.lora import Adapters
 
 LinearTable = Mapping[int, tuple[Tensor, Tensor]]
 """A (r, in) and B (out, r) of each adapter that adds something to a linear map, by number."""

@@ -21,7 +21,7 @@ from mixtura.hf.lora.experts import (
 )
 from mixtura.hf.lora.file import Factors, read_file
 from mixtura.hf.lora.places import AdapterPlaces, LinearPlace, MatrixPlace, StackPlace
-from mixtura.types import LoraWeights
+from mixtura.lora import LoraWeights
 
 
 @dataclass(frozen=True, slots=True)

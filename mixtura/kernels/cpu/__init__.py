@@ -34,10 +34,11 @@ from mixtura.kernels.cpu.panels import (
 )
 from mixtura.kernels.keys import Keys
 from mixtura.kernels.lora import check_adapter_ids
+from mixtura.lora import Adapters
 from mixtura.quant.activations import StaticInputs
 from mixtura.quant.matrix import QuantizedMatrix
 from mixtura.quant.scheme import Code
-from mixtura.types import Adapters, ExpertBatch, ExpertsProblem, ExpertWeights
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 _FUNCTIONS = {function: number for number, function in enumerate(ActivationFunction)}
 _LIMITS = {limit: number for number, limit in enumerate(LimitOn)}

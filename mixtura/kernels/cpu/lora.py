@@ -11,7 +11,7 @@ from torch import Tensor
 from mixtura.kernels.cpu.extension import extension
 from mixtura.kernels.cpu.panels import ROW_DTYPES
 from mixtura.kernels.lora import LORA_LANES
-from mixtura.types import Adapters, LoraWeights, LowRank, adapter_tensors
+from mixtura.lora import Adapters, LoraWeights, LowRank, adapter_tensors
 
 
 @dataclass(frozen=True, eq=False)

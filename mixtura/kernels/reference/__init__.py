@@ -13,10 +13,11 @@ from mixtura.kernels.reference.activation import activate, split_gate_up
 from mixtura.kernels.reference.inputs import round_inputs
 from mixtura.kernels.reference.linear import matrix_vector
 from mixtura.kernels.reference.norm import post_norm
+from mixtura.lora import LoraWeights, LowRank
 from mixtura.quant.activations import StaticInputs
 from mixtura.quant.matrix import QuantizedMatrix, dequantize
 from mixtura.quant.scheme import Code
-from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights, LoraWeights, LowRank
+from mixtura.types import ExpertBatch, ExpertsProblem, ExpertWeights
 
 
 def run_expert(

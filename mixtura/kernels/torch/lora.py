@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixtura.kernels.torch.grouped_linear import grouped_linear, linear_in_slices
+from mixtura.lora import Adapters, LoraWeights, LowRank
 from mixtura.quant.matrix import dense
-from mixtura.types import Adapters, ExpertBatch, ExpertWeights, LoraWeights, LowRank
+from mixtura.types import ExpertBatch, ExpertWeights
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`rows[r] @ W[e].T` for the rows r of expert e: (N, in), (L, out, in), (L + 1,) -> (N, out)."""
